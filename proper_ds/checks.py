@@ -1,0 +1,147 @@
+"""The one place of checks across sections: contradictions, and options that would have no effect.
+
+`check_config` is called by `proper_ds.config` on a configuration whose single values are legal.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proper_ds.data.config import DataConfig
+from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
+from proper_ds.errors import Problem
+from proper_ds.evaluation.methods import needs_of
+from proper_ds.model.config import BaseConfig
+from proper_ds.training.config import OptimSettings, RankTraining
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+
+
+def check_config(config: RunConfig) -> list[Problem]:
+    """Everything wrong with a configuration that no single value shows."""
+    return [
+        *_data(config),
+        *_base(config.base),
+        *_schedules(config),
+        *_batches(config),
+        *_methods(config),
+        *_deepspeed(config),
+    ]
+
+
+def _data(config: RunConfig) -> list[Problem]:
+    data, problems = config.data, []
+    if not data.path and data.prepared is None:
+        mend = "Give `data.path=FOLDER` (LaMP's format, JSONL, Parquet) or `data.prepared=FOLDER`."
+        problems.append(Problem("data.path", "not set", mend))
+    if data.path and data.prepared is not None:
+        problems.append(Problem("data.prepared", "given together with data.path", "Keep one of the two."))
+    if data.prepared is not None and not data.path:
+        used = {"prepared", "train_split"}
+        idle = sorted(name for name in data.model_fields_set - used if _changed(data, name))
+        mend = "It belongs to `proper-ds data prepare`; remove it here."
+        problems += [Problem(f"data.{name}", "has no effect on prepared data", mend) for name in idle]
+    queries_taught = any("queries" in stage.train_on for _, stage in _rank_stages(config))
+    if data.train_split == config.evaluation.split and queries_taught:
+        problems.append(
+            Problem(
+                "evaluation.split",
+                f"{data.train_split!r} is also data.train_split, whose answers are trained on",
+                "Evaluate on another split, or set `train_on: [history]` in population, group and router.",
+            )
+        )
+    return problems
+
+
+def _changed(data: DataConfig, name: str) -> bool:
+    return getattr(data, name) != DataConfig.model_fields[name].get_default()
+
+
+def _base(base: BaseConfig) -> list[Problem]:
+    problems = []
+    if (base.model is None) == (base.create is None):
+        wrong = "given together with base.create" if base.model else "not set"
+        mend = "Give a Hugging Face name or folder as `base.model`, or a `base.create` section, one of the two."
+        problems.append(Problem("base.model", wrong, mend))
+    if base.revision is not None and base.model is None:
+        problems.append(Problem("base.revision", "has no effect without base.model", "Remove it."))
+    create = base.create
+    if create is not None:
+        if create.hidden_size % create.num_attention_heads:
+            wrong = f"{create.hidden_size} is no multiple of num_attention_heads {create.num_attention_heads}"
+            problems.append(Problem("base.create.hidden_size", wrong, "Change one of the two."))
+        elif (create.hidden_size // create.num_attention_heads) % 2:
+            wrong = "makes heads of odd width, which rotary positions cannot use"
+            problems.append(Problem("base.create.hidden_size", wrong, "Change it or num_attention_heads."))
+        if create.max_position_embeddings < base.max_length:
+            wrong = f"{create.max_position_embeddings} is below base.max_length {base.max_length}"
+            problems.append(Problem("base.create.max_position_embeddings", wrong, "Raise it or lower max_length."))
+    return problems
+
+
+def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
+    return [("population", config.population), ("group", config.group), ("router", config.router)]
+
+
+def _schedules(config: RunConfig) -> list[Problem]:
+    stages: list[tuple[str, OptimSettings]] = [*_rank_stages(config), ("user", config.user)]
+    mend = "Remove it, or use `constant_with_warmup`."
+    return [
+        Problem(f"{name}.warmup_ratio", "has no effect with lr_scheduler_type `constant`", mend)
+        for name, stage in stages
+        if stage.lr_scheduler_type == "constant" and "warmup_ratio" in stage.model_fields_set and stage.warmup_ratio
+    ]
+
+
+def _batches(config: RunConfig) -> list[Problem]:
+    length, problems = config.base.max_length, []
+    budgets = {
+        "user.num_tokens_per_batch": config.user.num_tokens_per_batch,
+        "evaluation.num_tokens_per_batch": config.evaluation.num_tokens_per_batch,
+    }
+    for key, budget in budgets.items():
+        if budget < length:
+            wrong = f"{budget} cannot hold one example of base.max_length {length}"
+            problems.append(Problem(key, wrong, f"Raise it to at least {length}, or lower base.max_length."))
+    return problems
+
+
+def _methods(config: RunConfig) -> list[Problem]:
+    evaluation, problems = config.evaluation, []
+    needs = needs_of(evaluation.methods)
+    missing = sorted(set(config.group.lora.target_modules) - set(config.user.lora.target_modules))
+    if needs.routers and missing:
+        wrong = f"lacks {', '.join(missing)}, which group.lora.target_modules has"
+        mend = (
+            "The LoRA-aware router reads the user's LoRA on every group module: add them, or drop the proper methods."
+        )
+        problems.append(Problem("user.lora.target_modules", wrong, mend))
+    if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:
+        mend = "Remove it, or use `closed_labels: score`."
+        problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))
+    return problems
+
+
+def _deepspeed(config: RunConfig) -> list[Problem]:
+    key = "distributed.deepspeed"
+    if not needs_of(config.evaluation.methods).population:
+        return []
+    try:
+        raw = read_ds_file(config.distributed.deepspeed)
+    except (OSError, ValueError) as error:
+        return [Problem(key, str(error), "Give the path of a DeepSpeed JSON, such as ds_configs/zero2.json.")]
+    if zero_stage(raw) not in (0, 1, 2, 3):
+        return [Problem(key, f"ZeRO stage {zero_stage(raw)} does not exist", "Use 0, 1, 2 or 3.")]
+    bf16 = config.base.dtype == "bfloat16" or (config.base.dtype == "auto" and _bf16_given(raw))
+    found: dict[str, Problem] = {}
+    for name, stage in _rank_stages(config):
+        _, problems = resolve_ds(raw, name, stage, config.distributed.num_ranks, bf16)
+        for problem in problems:
+            found.setdefault(problem.key, problem)
+    return list(found.values())
+
+
+def _bf16_given(raw: dict[str, object]) -> bool:
+    section = raw.get("bf16")
+    return isinstance(section, dict) and section.get("enabled") is True

@@ -1,0 +1,203 @@
+"""The whole configuration of a run: one YAML file, `a.b=c` overrides, every problem reported at once.
+
+The command line calls `load_config`; everything else receives the frozen `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from proper_ds.checks import check_config
+from proper_ds.data.config import DataConfig
+from proper_ds.distributed.config import DistributedConfig
+from proper_ds.errors import ConfigError, Problem
+from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.fleet.config import FleetConfig
+from proper_ds.model.config import BaseConfig
+from proper_ds.section import Section, problems_of
+from proper_ds.store.config import StoreConfig
+from proper_ds.training.config import GroupConfig, PopulationConfig, RouterConfig, UserConfig
+
+ROOT_VARIABLE = "PROPER_DS_ROOT"
+
+
+class RunConfig(Section):
+    """One run: data, a base, the three stages, and what to compare."""
+
+    output_dir: str = Field(min_length=1)
+    """The run's folder; on a cluster it must be on storage that all nodes share."""
+    seed: int = Field(default=41, ge=0)
+    data: DataConfig = DataConfig()
+    base: BaseConfig = BaseConfig()
+    population: PopulationConfig = PopulationConfig()
+    group: GroupConfig = GroupConfig()
+    user: UserConfig = UserConfig()
+    router: RouterConfig = RouterConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    fleet: FleetConfig = FleetConfig()
+    store: StoreConfig = StoreConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def output_path(self) -> Path:
+        """The run's folder as a path."""
+        return Path(self.output_dir)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without pickles, and without keys given twice."""
+
+
+def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice; keep one", key_node.start_mark
+            )
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+# YAML 1.1 reads 1e-3 as text; people write learning rates that way.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML text; raises `yaml.YAMLError` for bad syntax and repeated keys."""
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError when there is no file, no mapping, or bad syntax."""
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [Problem("(file)", str(error), "Give the path of a run's YAML.")]) from None
+    except yaml.YAMLError as error:
+        wrong = " ".join(str(error).split())
+        raise ConfigError(str(path), [Problem("(file)", wrong, "Mend the YAML there.")]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(str(path), [Problem("(file)", "holds no mapping", "Begin with `output_dir: runs/NAME`.")])
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+    """Write each `a.b=c` into `raw` (values are read as YAML) and return what could not be applied."""
+    problems = []
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        keys = dotted.split(".")
+        if not equals or not all(keys):
+            problems.append(Problem(override, "is no override", "Write `section.key=value`."))
+            continue
+        try:
+            value = parse_yaml(text) if text else None
+        except yaml.YAMLError as error:
+            wrong = f"the value {text!r} is not YAML ({' '.join(str(error).split())})"
+            problems.append(Problem(dotted, wrong, "Quote it."))
+            continue
+        inner: Any = raw
+        for key in keys[:-1]:
+            if inner.get(key) is None:
+                inner[key] = {}
+            inner = inner[key]
+            if not isinstance(inner, dict):
+                break
+        if isinstance(inner, dict):
+            inner[keys[-1]] = value
+        else:
+            problems.append(Problem(dotted, "goes below a key that holds no section", "Check the dotted path."))
+    return problems
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override, validate and cross-check a run's configuration.
+
+    Relative paths are taken from the working directory, or from $PROPER_DS_ROOT where that is set.
+
+    Raises:
+        ConfigError: with every problem found, in one go.
+    """
+    raw = read_yaml(Path(path))
+    problems = apply_overrides(raw, overrides)
+    return validate(raw, str(path), problems)
+
+
+def validate(raw: dict[str, Any], source: str, problems: Sequence[Problem] = ()) -> RunConfig:
+    """Turn a raw mapping into a RunConfig; see `load_config`."""
+    found = list(problems)
+    bad: set[str] = set()
+    for _ in range(3):  # the second round checks the rest with the bad keys left out
+        try:
+            config = RunConfig.model_validate(raw)
+            break
+        except ValidationError as error:
+            for loc, problem in problems_of(RunConfig, error):
+                if problem.key not in bad:
+                    found.append(problem)
+                bad.add(problem.key)
+                _repair(raw, loc)
+    else:
+        raise ConfigError(source, found)
+    config = _with_absolute_paths(config)
+    found += [problem for problem in check_config(config) if not _touches(problem, bad)]
+    if found:
+        raise ConfigError(source, found)
+    return config
+
+
+def _repair(raw: dict[str, Any], loc: tuple[str, ...]) -> None:
+    """Drop the bad key so that the rest can be checked; a missing one gets a stand-in."""
+    inner: Any = raw
+    for key in loc[:-1]:
+        inner = inner.get(key) if isinstance(inner, dict) else None
+    if isinstance(inner, dict):
+        if loc[-1] in inner:
+            del inner[loc[-1]]
+        else:
+            inner[loc[-1]] = "not-set"
+
+
+def _touches(problem: Problem, bad: set[str]) -> bool:
+    return any(key == problem.key or key.startswith(problem.key + ".") for key in bad)
+
+
+def absolute(path: str) -> str:
+    """`path` made absolute against $PROPER_DS_ROOT or the working directory."""
+    root = Path(os.environ.get(ROOT_VARIABLE) or Path.cwd())
+    return str((root / Path(path).expanduser()).resolve())
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    data = config.data.model_copy(
+        update={
+            "path": [absolute(path) for path in config.data.path],
+            "prepared": absolute(config.data.prepared) if config.data.prepared else None,
+        }
+    )
+    base = config.base
+    if base.model and (Path(absolute(base.model)).exists() or base.model.startswith((".", "/", "~"))):
+        base = base.model_copy(update={"model": absolute(base.model)})
+    distributed = config.distributed.model_copy(update={"deepspeed": absolute(config.distributed.deepspeed)})
+    return config.model_copy(
+        update={
+            "output_dir": absolute(config.output_dir),
+            "data": data,
+            "base": base,
+            "distributed": distributed,
+        }
+    )

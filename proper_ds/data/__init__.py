@@ -1,0 +1,1 @@
+"""Data in: readers, tasks, leak guard, prepared shards, tokens, batches, generated populations."""

@@ -1,0 +1,37 @@
+"""The `data` section of a run: where people's data is and how strict to be with it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from proper_ds.section import Section
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_as_list)]
+Strictness = Literal["refuse", "set_aside"]
+
+
+class DataConfig(Section):
+    """Input data, or a folder that `proper-ds data prepare` has already written."""
+
+    path: Paths = []
+    """Folders or files in LaMP's format, JSONL or Parquet; each is one task. Leave empty when `prepared` is given."""
+    prepared: str | None = None
+    """A folder written by `proper-ds data prepare`, used as it is."""
+    format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
+    task: str | None = None
+    """LaMP_1, LaMP_2M, LaMP_2N, LaMP_3 .. LaMP_7 or `generic`; needed only where the data does not say."""
+    train_split: str = "train"
+    """Users with questions in this split teach the population and group stages."""
+    bad_records: Strictness = "refuse"
+    leaks: Strictness = "refuse"
+    """What to do with a question whose own item stands in the same user's history."""
+    max_users_per_split: int | None = Field(default=None, ge=1)
+    """Use only the first so many users of each split: for trying things out."""
+    num_users_per_shard: int = Field(default=10_000, ge=1)

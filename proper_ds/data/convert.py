@@ -1,0 +1,115 @@
+"""One staged user to one User: history items become training pairs, answers are checked, leaks are found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from proper_ds.data.leaks import LeakGuard
+from proper_ds.data.problems import BadRecord, Complaint, Complaints
+from proper_ds.data.records import HistoryItem, Query, User
+from proper_ds.data.rows import number_text, optional_text
+from proper_ds.data.staging import StagedProfile, StagedUser
+from proper_ds.data.tasks import Task
+
+
+@dataclass(frozen=True)
+class SourceTask:
+    """A data set's task and the instruction found in its questions."""
+
+    task: Task
+    instruction: str
+
+
+class Converter:
+    """Makes users from staged ones; complains of what cannot be used and leaves it out."""
+
+    def __init__(self, tasks: list[SourceTask], train_split: str, complaints: Complaints) -> None:
+        self._tasks = tasks
+        self._train_split = train_split
+        self._complaints = complaints
+        self.num_queries_now_history = 0
+        """Training questions that a later split's history of the same user holds already; taught as history."""
+
+    def convert(self, staged: StagedUser) -> User:
+        """The user, with history oldest first."""
+        kept: dict[tuple[int, str], tuple[HistoryItem, set[str]]] = {}
+        for profile in staged.profiles:
+            self._add_profile(profile, kept)
+        items = [(item, frozenset(splits)) for item, splits in kept.values()]
+        user = User(staged.key, _oldest_first([item for item, _ in items]))
+        guard = LeakGuard(items)
+        for question in staged.questions:
+            source = self._tasks[question.source]
+            try:
+                answer = None if question.gold is None else source.task.checked_answer(question.gold)
+            except BadRecord as reason:
+                self._complaints.add(
+                    Complaint("bad", question.file, question.record, question.id, f"gold answer: {reason}")
+                )
+                continue
+            leak = guard.find(source.task, source.instruction, question.input, answer)
+            if leak is not None:
+                what, splits = leak
+                if question.split == self._train_split and question.split not in splits:
+                    self.num_queries_now_history += 1
+                else:
+                    self._complaints.add(Complaint("leak", question.file, question.record, question.id, what))
+                continue
+            name = source.task.name
+            user.queries.append(Query(question.id, question.split, name, question.input, answer, question.time))
+        return user
+
+    def _add_profile(self, profile: StagedProfile, kept: dict[tuple[int, str], tuple[HistoryItem, set[str]]]) -> None:
+        task = self._tasks[profile.source].task
+        for position, raw in enumerate(profile.items, start=1):
+            try:
+                item = history_item(task, raw)
+            except BadRecord as reason:
+                key = optional_text(raw, "id")
+                text = f"history item {position}: {reason}"
+                self._complaints.add(Complaint("bad", profile.file, profile.record, key, text))
+                continue
+            # The same item may stand in several of the user's profiles: by id, or word for word where it has none.
+            identity = item.id or f"{item.text}\0{item.answer}\0{item.time}"
+            if (profile.source, identity) in kept:
+                kept[profile.source, identity][1].add(profile.split)
+            else:
+                kept[profile.source, identity] = (item, {profile.split})
+
+
+def history_item(task: Task, raw: dict[str, Any]) -> HistoryItem:
+    """A raw history item as a training pair. Raises BadRecord."""
+    index = task.pair_of(raw)
+    pair = task.pairs[index]
+    text = "" if pair.text is None else _field(raw, pair.text)
+    answer = task.checked_answer(_field(raw, pair.answer)) if _keeps_labels(task) else _field(raw, pair.answer).strip()
+    if not answer:
+        raise BadRecord(f"`{pair.answer}` is empty")
+    retrieval = " ".join(_field(raw, name) for name in task.retrieval_fields if raw.get(name) is not None)
+    time = optional_text(raw, "date", "time")
+    return HistoryItem(
+        optional_text(raw, "id"), task.name, index, text, answer, time, "" if retrieval == text else retrieval
+    )
+
+
+def _keeps_labels(task: Task) -> bool:
+    """Whether history items carry the task's own labels (LaMP-1's do not: they have no candidates)."""
+    return task.lamp_id != "LaMP_1"
+
+
+def _field(raw: dict[str, Any], name: str) -> str:
+    value = raw[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRecord(f"`{name}` is {str(value)[:40]!r}, not a text")
+    return number_text(value)
+
+
+def _oldest_first(items: list[HistoryItem]) -> list[HistoryItem]:
+    """Sorted by time where all items have one (ISO dates, or numbers), else as given."""
+    if not items or not all(item.time for item in items):
+        return items
+    try:
+        return sorted(items, key=lambda item: float(item.time))
+    except ValueError:
+        return sorted(items, key=lambda item: item.time)

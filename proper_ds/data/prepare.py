@@ -1,0 +1,149 @@
+"""`data prepare`: any readable data to Parquet shards of users with a manifest written last.
+
+Called by the command line and by a run's first stage. Memory does not grow with the number of users.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from proper_ds.data.config import DataConfig
+from proper_ds.data.convert import Converter, SourceTask
+from proper_ds.data.instruction import SharedBeginning
+from proper_ds.data.manifest import MANIFEST, Manifest, TaskManifest
+from proper_ds.data.problems import Complaints
+from proper_ds.data.records import User
+from proper_ds.data.shards import ShardWriter
+from proper_ds.data.sources import Source, find_sources
+from proper_ds.data.staging import Staging
+from proper_ds.data.tasks import task_of, with_info
+from proper_ds.errors import DataError
+from proper_ds.files import digest_of_file
+
+PROBLEMS_FILE = "problems.jsonl"
+Progress = Callable[[str, int, int | None], None]
+"""Called with (what, done, total or None)."""
+
+
+def describe_sources(sources: list[Source]) -> list[dict[str, object]]:
+    """The input files by name, size and digest: what a prepared folder was made from."""
+    return [
+        {
+            "path": str(source.path),
+            "declared": source.declared,
+            "info": source.info,
+            "files": [
+                {"name": f.name, "num_bytes": f.stat().st_size, "digest": digest_of_file(f)} for f in source.files
+            ],
+        }
+        for source in sources
+    ]
+
+
+def prepare(config: DataConfig, out: Path, progress: Progress = lambda what, done, total: None) -> Manifest:
+    """Read `config.path`, check everything, and write `out`.
+
+    Raises:
+        DataError: for unreadable input, and for bad records or leaks that are to be refused; every one of them is
+            listed in `out/problems.jsonl`, and no manifest is written.
+    """
+    sources = find_sources(config)
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in [out / MANIFEST, *out.glob("users-*.parquet")]:
+        stale.unlink(missing_ok=True)
+    with (
+        Complaints(out / PROBLEMS_FILE) as complaints,
+        Staging(out / ".staging.sqlite", complaints, config.max_users_per_split) as staging,
+    ):
+        tasks = _stage(sources, staging, complaints, progress)
+        if config.max_users_per_split is None:
+            staging.complain_of_unused_golds()
+        converter = Converter(tasks, config.train_split, complaints)
+        counts = _Counts()
+        with ShardWriter(out, config.num_users_per_shard) as writer:
+            for done, staged in enumerate(staging.users(), start=1):
+                user = converter.convert(staged)
+                if user.history or user.queries:
+                    writer.write(user)
+                    counts.add(user)
+                if done % 200 == 0:
+                    progress("users", done, staging.num_users)
+        progress("users", staging.num_users, staging.num_users)
+        _settle(complaints, config, out)
+    if not counts.num_users:
+        raise DataError(f"{', '.join(config.path)}: no usable user was found")
+    manifest = Manifest(
+        tasks={
+            source_task.task.name: TaskManifest.of(
+                source_task.task, source_task.instruction, bool(source.info.get("generated"))
+            )
+            for source, source_task in zip(sources, tasks, strict=True)
+        },
+        shards=writer.shards,
+        num_users=counts.num_users,
+        num_cold_users=counts.num_cold,
+        num_history_items=counts.num_items,
+        splits=counts.splits(),
+        sources=describe_sources(sources),
+        set_aside=dict(complaints.counts) | {"queries_now_history": converter.num_queries_now_history},
+    )
+    manifest.write(out)
+    return manifest
+
+
+def _settle(complaints: Complaints, config: DataConfig, out: Path) -> None:
+    try:
+        complaints.settle(config.bad_records, config.leaks)
+    except DataError as error:
+        for shard in out.glob("users-*.parquet"):
+            shard.unlink()
+        raise DataError(f"{error}\nAll of them are listed in {complaints.path}.") from None
+
+
+def _stage(sources: list[Source], staging: Staging, complaints: Complaints, progress: Progress) -> list[SourceTask]:
+    tasks: list[SourceTask] = []
+    for index, source in enumerate(sources):
+        for done, gold in enumerate(source.read_golds(complaints.add), start=1):
+            staging.add_gold(index, gold)
+            if done % 1000 == 0:
+                progress(f"gold answers of {source.path.name}", done, None)
+        beginning, fields, done = SharedBeginning(), frozenset[str](), 0
+        for done, question in enumerate(source.read_questions(complaints.add), start=1):
+            staging.add_question(index, question, question.split in source.gold_splits)
+            if question.has_query:
+                beginning.update(question.input)
+            if not fields and question.profile:
+                fields = frozenset(question.profile[0])
+            if done % 200 == 0:
+                progress(f"questions of {source.path.name}", done, None)
+        progress(f"questions of {source.path.name}", done, done)
+        task = with_info(task_of(source.declared, fields, str(source.path)), source.info, str(source.path))
+        if any(task.name == other.task.name for other in tasks):
+            raise DataError(
+                f"{source.path}: a second data set of task {task.name!r}; give it a `name` in its info.json"
+            )
+        tasks.append(
+            SourceTask(task, task.instruction if "instruction" in source.info else beginning.instruction(task))
+        )
+    return tasks
+
+
+class _Counts:
+    def __init__(self) -> None:
+        self.num_users = self.num_cold = self.num_items = 0
+        self._users: dict[str, int] = defaultdict(int)
+        self._queries: dict[str, int] = defaultdict(int)
+
+    def add(self, user: User) -> None:
+        self.num_users += 1
+        self.num_cold += user.is_cold
+        self.num_items += len(user.history)
+        for split in {query.split for query in user.queries}:
+            self._users[split] += 1
+        for query in user.queries:
+            self._queries[query.split] += 1
+
+    def splits(self) -> dict[str, dict[str, int]]:
+        return {split: {"num_users": n, "num_queries": self._queries[split]} for split, n in self._users.items()}

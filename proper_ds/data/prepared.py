@@ -1,0 +1,67 @@
+"""Reads a prepared folder: users by index range, with only the columns that are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from proper_ds.data.manifest import Manifest
+from proper_ds.data.records import HistoryItem, Query, User
+from proper_ds.errors import DataError
+
+
+class PreparedData:
+    """A folder written by `data prepare`; a user's index is the row over all shards."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError when the manifest or a shard is missing or cut short."""
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        for shard in self.manifest.shards:
+            path = folder / shard.file
+            size = path.stat().st_size if path.exists() else -1
+            if size != shard.num_bytes:
+                raise DataError(f"{path} has {size} bytes where its manifest says {shard.num_bytes}; prepare again")
+
+    def users(self, start: int = 0, stop: int | None = None) -> Iterator[User]:
+        """Users `start` to `stop` in order; one row group is in memory at a time."""
+        stop = self.manifest.num_users if stop is None else stop
+        for shard in self.manifest.shards:
+            if shard.first >= stop or shard.first + shard.num_users <= start:
+                continue
+            with pq.ParquetFile(self.folder / shard.file) as file:
+                first = shard.first
+                for group in range(file.num_row_groups):
+                    num_rows = file.metadata.row_group(group).num_rows
+                    if first < stop and first + num_rows > start:
+                        rows = file.read_row_group(group).to_pylist()
+                        for row in rows[max(0, start - first) : stop - first]:
+                            yield _user_of(row)
+                    first += num_rows
+
+    def keys(self) -> list[str]:
+        """All user keys, by index."""
+        return [key for shard in self.manifest.shards for key in self._column(shard.file, "user")]
+
+    def num_history(self) -> np.ndarray:
+        """History items of each user, int32."""
+        parts = [self._column(shard.file, "num_history") for shard in self.manifest.shards]
+        return np.asarray([n for part in parts for n in part], dtype=np.int32)
+
+    def splits(self) -> list[frozenset[str]]:
+        """The splits in which each user has questions."""
+        return [frozenset(s) for shard in self.manifest.shards for s in self._column(shard.file, "splits")]
+
+    def _column(self, file: str, name: str) -> list:
+        return pq.read_table(self.folder / file, columns=[name]).column(name).to_pylist()
+
+
+def _user_of(row: dict) -> User:
+    return User(
+        row["user"],
+        [HistoryItem(**item) for item in row["history"]],
+        [Query(**query) for query in row["queries"]],
+    )

@@ -1,0 +1,100 @@
+"""Bad records: each one is counted and named by file and record; then all are refused or set aside together."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from proper_ds.data.config import Strictness
+from proper_ds.errors import DataError
+
+NUM_SHOWN = 10
+
+
+class BadRecord(Exception):  # noqa: N818 - a signal between reader and collector, never shown
+    """Raised while reading one record that cannot be used; carries the reason."""
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """One record that cannot be used.
+
+    Attributes:
+        kind: `bad` or `leak`: what decides whether it is refused.
+        record: position in the file, from 1; 0 where the file as a whole is meant.
+    """
+
+    kind: str
+    file: str
+    record: int
+    id: str
+    reason: str
+
+    def __str__(self) -> str:
+        """One line for people."""
+        where = f"{self.file}, record {self.record}" if self.record else self.file
+        named = f" (id {self.id})" if self.id else ""
+        return f"{where}{named}: {self.reason}"
+
+
+class Complaints:
+    """Collects complaints; writes every one to a file, keeps the first few in memory.
+
+    Use as a context manager round the reading, then call `settle`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, list[Complaint]] = {"bad": [], "leak": []}
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Complaints:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if not self.counts:
+            self.path.unlink(missing_ok=True)
+
+    def add(self, complaint: Complaint) -> None:
+        """Note one record."""
+        assert self._file is not None, "open the collector first"
+        self.counts[complaint.kind] += 1
+        if len(self._first[complaint.kind]) < NUM_SHOWN:
+            self._first[complaint.kind].append(complaint)
+        self._file.write(json.dumps(asdict(complaint), ensure_ascii=False) + "\n")
+
+    def settle(self, bad: Strictness, leaks: Strictness) -> None:
+        """Raise DataError when there were complaints of a kind that is to be refused."""
+        texts = []
+        if self.counts["bad"] and bad == "refuse":
+            texts.append(
+                self._text(
+                    "bad", "bad record", "Mend them, or go on without them: --skip-bad (data.bad_records=set_aside)."
+                )
+            )
+        if self.counts["leak"] and leaks == "refuse":
+            mend = "Mend the data, or go on without these questions: --skip-leaks (data.leaks=set_aside)."
+            texts.append(self._text("leak", "question whose answer stands in the same user's history", mend))
+        if texts:
+            raise DataError("\n".join(texts))
+
+    def _text(self, kind: str, what: str, mend: str) -> str:
+        count = self.counts[kind]
+        noun = what if count == 1 else what.replace("record", "records").replace("question", "questions", 1)
+        lines = [f"{count} {noun}. {mend}"]
+        lines += [f"  {complaint}" for complaint in self._first[kind]]
+        if count > NUM_SHOWN:
+            lines.append(f"  ... and {count - NUM_SHOWN} more")
+        return "\n".join(lines)

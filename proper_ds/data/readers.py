@@ -1,0 +1,113 @@
+"""Streaming readers of LaMP's published files, JSONL and Parquet; memory is one record, whatever the file's size.
+
+`sources.py` decides which reader a path gets; `staging.py` consumes what they yield.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ijson
+import pyarrow
+import pyarrow.parquet
+
+from proper_ds.data.files import BROKEN, MarkedBytes, open_bytes
+from proper_ds.data.problems import BadRecord, Complaint
+from proper_ds.data.records import RawGold, RawQuestion
+from proper_ds.data.rows import lamp_gold, lamp_question, plain_row
+
+Complain = Callable[[Complaint], None]
+Made = TypeVar("Made")
+
+
+def _json_items(path: Path, prefix: str, complain: Complain) -> Iterator[tuple[int, Any]]:
+    """(position, value) of each element of a JSON array, from 1; a broken file ends the stream with a complaint."""
+    position = 0
+    try:
+        with open_bytes(path) as file:
+            for value in ijson.items(MarkedBytes(file), prefix, use_float=True):
+                position += 1
+                yield position, value
+    except BROKEN as error:
+        complain(Complaint("bad", str(path), 0, "", f"truncated or damaged gzip after record {position} ({error})"))
+    except ijson.JSONError as error:
+        text = " ".join(str(error).split())[:120]
+        complain(Complaint("bad", str(path), 0, "", f"broken JSON after record {position} ({text})"))
+
+
+def _made(
+    items: Iterator[tuple[int, Any]],
+    make: Callable[[Any, str, int, str], Made],
+    path: Path,
+    split: str,
+    complain: Complain,
+) -> Iterator[Made]:
+    for position, value in items:
+        try:
+            yield make(value, str(path), position, split)
+        except BadRecord as reason:
+            key = str(value.get("id", "")) if isinstance(value, dict) else ""
+            complain(Complaint("bad", str(path), position, key, str(reason)))
+
+
+def read_lamp_questions(path: Path, split: str, complain: Complain) -> Iterator[RawQuestion]:
+    """The questions of a `*_questions.json[.gz]`."""
+    yield from _made(_json_items(path, "item", complain), lamp_question, path, split, complain)
+
+
+def read_lamp_golds(path: Path, split: str, complain: Complain) -> Iterator[RawGold]:
+    """The gold answers of a `*_outputs.json[.gz]`."""
+    yield from _made(_json_items(path, "golds.item", complain), lamp_gold, path, split, complain)
+
+
+def declared_task(path: Path) -> str | None:
+    """The `task` of a `*_outputs.json[.gz]`, or None where it has none or cannot be read that far."""
+    try:
+        with open_bytes(path) as file:
+            for value in ijson.items(MarkedBytes(file), "task"):
+                return str(value)
+    except (*BROKEN, ijson.JSONError):
+        return None
+    return None
+
+
+def read_jsonl(path: Path, split: str | None, complain: Complain) -> Iterator[RawQuestion]:
+    """The rows of a `.jsonl[.gz]`; empty lines are passed over."""
+
+    def lines() -> Iterator[tuple[int, Any]]:
+        position = 0
+        try:
+            with open_bytes(path) as file:
+                for position, line in enumerate(file, start=1):
+                    if line.strip():
+                        try:
+                            yield position, json.loads(line.decode("utf-8"))
+                        except UnicodeDecodeError:
+                            complain(Complaint("bad", str(path), position, "", "holds invalid UTF-8"))
+                        except json.JSONDecodeError as error:
+                            complain(Complaint("bad", str(path), position, "", f"is no JSON ({error})"))
+        except BROKEN as error:
+            complain(Complaint("bad", str(path), 0, "", f"truncated or damaged gzip after record {position} ({error})"))
+
+    yield from _made(lines(), lambda v, f, p, _: plain_row(v, f, p, split), path, split or "", complain)
+
+
+def read_parquet(path: Path, split: str | None, complain: Complain) -> Iterator[RawQuestion]:
+    """The rows of a Parquet file with the columns of JSONL."""
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        position = 0
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        position += 1
+                        yield position, row
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            text = " ".join(str(error).split())[:120]
+            complain(Complaint("bad", str(path), 0, "", f"cannot be read after record {position} ({text})"))
+
+    yield from _made(rows(), lambda v, f, p, _: plain_row(v, f, p, split), path, split or "", complain)

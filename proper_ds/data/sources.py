@@ -1,0 +1,154 @@
+"""Finds out what a path holds: which files, in which format, of which splits and which task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proper_ds.data.config import DataConfig
+from proper_ds.data.files import stem_of
+from proper_ds.data.readers import (
+    Complain,
+    declared_task,
+    read_jsonl,
+    read_lamp_golds,
+    read_lamp_questions,
+    read_parquet,
+)
+from proper_ds.data.records import RawGold, RawQuestion
+from proper_ds.data.tasks import TASKS
+from proper_ds.errors import DataError
+
+SPLITS = ("train", "dev", "validation", "test")
+_QUESTIONS, _OUTPUTS = "_questions", "_outputs"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: the files of one task.
+
+    Attributes:
+        questions: (file, split) of each questions or rows file; split None where each row names its own.
+        golds: (file, split) of LaMP's outputs files; empty for JSONL and Parquet.
+        info: the folder's info.json, or {}.
+        declared: the task that the configuration, info.json or an outputs file names.
+    """
+
+    path: Path
+    format: str
+    questions: tuple[tuple[Path, str | None], ...]
+    golds: tuple[tuple[Path, str], ...]
+    info: dict[str, Any]
+    declared: str
+
+    @property
+    def files(self) -> list[Path]:
+        """All files, in reading order."""
+        return [file for file, _ in (*self.golds, *self.questions)]
+
+    @property
+    def gold_splits(self) -> frozenset[str]:
+        """Splits whose answers stand in a file of their own."""
+        return frozenset(split for _, split in self.golds)
+
+    def read_questions(self, complain: Complain) -> Iterator[RawQuestion]:
+        """All questions of all splits, in file order."""
+        for file, split in self.questions:
+            if self.format == "lamp":
+                yield from read_lamp_questions(file, split or "train", complain)
+            elif self.format == "jsonl":
+                yield from read_jsonl(file, split, complain)
+            else:
+                yield from read_parquet(file, split, complain)
+
+    def read_golds(self, complain: Complain) -> Iterator[RawGold]:
+        """All separate gold answers, in file order."""
+        for file, split in self.golds:
+            yield from read_lamp_golds(file, split, complain)
+
+
+def find_sources(config: DataConfig) -> list[Source]:
+    """One source for each of `config.path`.
+
+    Raises:
+        DataError: for paths that do not exist or hold nothing readable, and for an undeclared task.
+    """
+    return [_find_source(Path(path), config) for path in config.path]
+
+
+def _find_source(path: Path, config: DataConfig) -> Source:
+    if not path.exists():
+        raise DataError(f"data.path {path} does not exist; give a folder or file of LaMP, JSONL or Parquet data")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = _guess_format(files) if config.format == "auto" else config.format
+    if found is None:
+        inside = [child.name for child in files if child.is_dir() and _guess_format(sorted(child.iterdir()))]
+        hint = f" Its folders {', '.join(inside)} do: name them." if inside else ""
+        raise DataError(
+            f"data.path {path} holds no *_questions.json[.gz], *.jsonl[.gz] or *.parquet.{hint}"
+            " For a folder written by `data prepare` use data.prepared."
+        )
+    folder = path if path.is_dir() else path.parent
+    info = _read_info(folder / "info.json")
+    if found == "lamp":
+        return _lamp_source(path, files, info, config.task)
+    ending = ".jsonl" if found == "jsonl" else ".parquet"
+    chosen = [file for file in files if file.name.removesuffix(".gz").endswith(ending)]
+    if not chosen:
+        raise DataError(f"data.path {path} holds no *{ending} file, which data.format={found} asks for")
+    questions = tuple((file, stem_of(file) if stem_of(file) in SPLITS else None) for file in chosen)
+    declared = config.task or str(info.get("task", "generic"))
+    return Source(path, found, questions, (), info, declared)
+
+
+def _guess_format(files: list[Path]) -> str | None:
+    for file in files:
+        if stem_of(file).endswith(_QUESTIONS) and ".json" in file.name:
+            return "lamp"
+    for file in files:
+        if file.name.removesuffix(".gz").endswith(".jsonl"):
+            return "jsonl"
+        if file.suffix == ".parquet":
+            return "parquet"
+    return None
+
+
+def _lamp_source(path: Path, files: list[Path], info: dict[str, Any], task: str | None) -> Source:
+    folder = path if path.is_dir() else path.parent
+    questions: list[tuple[Path, str | None]] = []
+    golds: list[tuple[Path, str]] = []
+    for file in files:
+        stem = stem_of(file)
+        if stem.endswith(_QUESTIONS):
+            split = stem.removesuffix(_QUESTIONS)
+            questions.append((file, split))
+            for ending in (".json", ".json.gz"):
+                outputs = folder / f"{split}{_OUTPUTS}{ending}"
+                if outputs.exists():
+                    golds.append((outputs, split))
+                    break
+    if not questions:
+        raise DataError(f"data.path {path} holds no *_questions.json[.gz], which data.format=lamp asks for")
+    declared = task or info.get("task")
+    for file, _ in golds:
+        declared = declared or declared_task(file)
+    if declared is None:
+        raise DataError(
+            f"{path}: no outputs file names its task; set data.task to one of {', '.join(t for t in TASKS)}"
+        )
+    return Source(path, "lamp", tuple(questions), tuple(golds), info, str(declared))
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: is no JSON ({error})") from None
+    if not isinstance(info, dict):
+        raise DataError(f"{path}: holds no JSON object")
+    return info

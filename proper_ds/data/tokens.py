@@ -1,0 +1,222 @@
+"""The tokenised data: one row per example in Arrow files that every rank and actor maps into memory.
+
+Made once from the prepared shards; the stages read examples by index and users by range.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from proper_ds.data.manifest import TaskManifest
+from proper_ds.data.prepared import PreparedData
+from proper_ds.data.prompts import Encoded, PromptEncoder, history_prompt
+from proper_ds.data.records import User
+from proper_ds.files import atomic_path, write_json_atomic
+
+HISTORY, QUERY = 0, 1
+EXAMPLES_PER_FILE = 50_000
+ROWS_PER_BATCH = 1_000
+MARKER = "tokens.json"
+
+SCHEMA = pa.schema(
+    [
+        ("user", pa.int32()),
+        ("kind", pa.int8()),
+        ("split", pa.int8()),
+        ("task", pa.int8()),
+        ("position", pa.int32()),
+        ("has_answer", pa.bool_()),
+        ("num_prompt", pa.int32()),
+        ("num_tokens", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised training pair or question.
+
+    Attributes:
+        user: index of the user in the prepared data.
+        kind: HISTORY or QUERY.
+        position: index in the user's history or queries.
+        ids: prompt and, where it has one, answer.
+    """
+
+    user: int
+    kind: int
+    task: int
+    position: int
+    num_prompt: int
+    ids: np.ndarray
+
+    @property
+    def num_targets(self) -> int:
+        """Answer tokens, end token included."""
+        return len(self.ids) - self.num_prompt
+
+
+class _Writer:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._rows: list[dict[str, Any]] = []
+        self._pending = pa.Table.from_pylist([], schema=SCHEMA)
+        self.files: list[str] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= ROWS_PER_BATCH:
+            self._gather()
+            if self._pending.num_rows >= EXAMPLES_PER_FILE:
+                self.close()
+
+    def _gather(self) -> None:
+        table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
+        self._pending, self._rows = pa.concat_tables([self._pending, table]), []
+
+    def close(self) -> None:
+        self._gather()
+        if not self._pending.num_rows:
+            return
+        name = f"examples-{len(self.files):05d}.arrow"
+        with (
+            atomic_path(self._folder / name) as path,
+            pa.OSFile(str(path), "wb") as sink,
+            pa.ipc.new_stream(sink, SCHEMA) as stream,
+        ):
+            stream.write_table(self._pending, max_chunksize=ROWS_PER_BATCH)
+        self.files.append(name)
+        self._pending = self._pending.slice(0, 0)
+
+
+def tokenize(prepared: PreparedData, encoder: PromptEncoder, folder: Path, fingerprint: str, progress: Any) -> None:
+    """Write the tokenised examples of every user; `tokens.json` is the last write.
+
+    Args:
+        fingerprint: kept in the marker, so that a run can tell whether the tokens match its inputs.
+        progress: called with (what, done, total).
+
+    Raises:
+        DataError: for answers that do not fit, and labels the tokenizer cannot tell apart.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = prepared.manifest
+    names, splits = list(manifest.tasks), sorted(manifest.splits)
+    labels = {name: encoder.label_ids(task) for name, task in manifest.tasks.items()}
+    writer, first, num_cut, num_tokens = _Writer(folder), [0], 0, 0
+    for index, user in enumerate(prepared.users()):
+        count = 0
+        for row, encoded in _examples(user, manifest.tasks, encoder, labels):
+            row |= {"user": index, "task": names.index(row["task"])}
+            row["split"] = splits.index(row["split"]) if row["split"] is not None else -1
+            row |= {"num_prompt": encoded.num_prompt, "num_tokens": len(encoded.ids), "input_ids": encoded.ids}
+            writer.add(row)
+            count += 1
+            num_cut += encoded.num_cut > 0
+            num_tokens += len(encoded.ids)
+        first.append(first[-1] + count)
+        if index % 200 == 0:
+            progress("tokenise", index, manifest.num_users)
+    writer.close()
+    progress("tokenise", manifest.num_users, manifest.num_users)
+    with atomic_path(folder / "first.npy") as path, path.open("wb") as file:
+        np.save(file, np.asarray(first, dtype=np.int64), allow_pickle=False)
+    marker = {
+        "fingerprint": fingerprint,
+        "files": writer.files,
+        "tasks": names,
+        "splits": splits,
+        "labels": labels,
+        "num_examples": first[-1],
+        "num_tokens": num_tokens,
+        "num_cut": num_cut,
+        "max_length": encoder.max_length,
+    }
+    write_json_atomic(folder / MARKER, marker)
+
+
+def _examples(
+    user: User, tasks: dict[str, TaskManifest], encoder: PromptEncoder, labels: dict[str, list[list[int]]]
+) -> Iterator[tuple[dict[str, Any], Encoded]]:
+    for position, item in enumerate(user.history):
+        row = {"kind": HISTORY, "split": None, "task": item.task, "position": position, "has_answer": True}
+        yield row, encoder.encode(history_prompt(tasks[item.task], item), item.answer)
+    for position, query in enumerate(user.queries):
+        task = tasks[query.task]
+        row = {"kind": QUERY, "split": query.split, "task": query.task, "position": position}
+        if query.answer is None:
+            reserved = max((len(ids) for ids in labels[query.task]), default=task.max_new_tokens)
+            yield row | {"has_answer": False}, encoder.question(query.input, reserved)
+        else:
+            yield row | {"has_answer": True}, encoder.encode(query.input, query.answer)
+
+
+class TokenData:
+    """The tokenised examples, memory-mapped; read by stages through indices."""
+
+    def __init__(self, folder: Path) -> None:
+        from datasets import Dataset, concatenate_datasets
+
+        self.marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        parts = [Dataset.from_file(str(folder / name)) for name in self.marker["files"]]
+        self._data = concatenate_datasets(parts).with_format("numpy")
+        self._first = np.load(folder / "first.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def num_users(self) -> int:
+        """Users, cold ones included."""
+        return len(self._first) - 1
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names by code."""
+        return list(self.marker["tasks"])
+
+    def labels(self, task: str) -> list[list[int]]:
+        """Token ids of each label of a task, end token included; empty for open answers."""
+        return list(self.marker["labels"][task])
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of all examples: any but `input_ids`."""
+        return self._columns[name]
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        names = [field.name for field in SCHEMA if field.name != "input_ids"]
+        return {name: self._data.data.column(name).to_numpy() for name in names}
+
+    def split_code(self, split: str) -> int:
+        """The number that stands for a split in the `split` column; -2, which matches none, where it is absent."""
+        return self.marker["splits"].index(split) if split in self.marker["splits"] else -2
+
+    def range_of(self, user: int) -> tuple[int, int]:
+        """[start, stop) of a user's examples."""
+        return int(self._first[user]), int(self._first[user + 1])
+
+    def examples(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
+        """The examples at `indices`, in that order."""
+        if not len(indices):
+            return []
+        rows = self._data[[int(i) for i in indices]]
+        return _made(rows)
+
+    def examples_of(self, start: int, stop: int) -> list[Example]:
+        """The examples from `start` up to `stop`."""
+        return _made(self._data[start:stop]) if stop > start else []
+
+
+def _made(rows: dict[str, Any]) -> list[Example]:
+    columns = (rows[name] for name in ("user", "kind", "task", "position", "num_prompt", "input_ids"))
+    return [
+        Example(int(user), int(kind), int(task), int(position), int(num_prompt), np.asarray(ids, dtype=np.int64))
+        for user, kind, task, position, num_prompt, ids in zip(*columns, strict=True)
+    ]

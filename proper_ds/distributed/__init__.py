@@ -1,0 +1,1 @@
+"""Ranks, the DeepSpeed engine and checkpoints: the only importer of deepspeed."""

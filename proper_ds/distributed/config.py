@@ -1,0 +1,22 @@
+"""The `distributed` section of a run: ranks and the DeepSpeed file of the population, group and router stages."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from proper_ds.section import Section
+
+
+class DistributedConfig(Section):
+    """Ranks are started by Ray Train, one GPU each where there are GPUs, else on CPU over gloo."""
+
+    num_ranks: int = Field(default=1, ge=1)
+    deepspeed: str = "ds_configs/zero2.json"
+    """A DeepSpeed JSON file; values that say "auto" come from the stage's section of this run."""
+    num_cpus_per_rank: int = Field(default=1, ge=1)
+    num_threads_per_rank: int = Field(default=1, ge=1)
+    """Torch threads; results can differ in the last bit between numbers of threads."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often a stage restarts from its last checkpoint after losing a rank."""
+    start_timeout_s: float = Field(default=600, gt=0)
+    """How long to wait for the cluster to have room for all ranks."""

@@ -1,0 +1,159 @@
+"""The DeepSpeed engine of one stage on one rank: steps, and its state as plain tensors.
+
+The only file that imports deepspeed. State goes in and out through DeepSpeed's own tensor-fragment API, gathered to
+full tensors, so that a checkpoint holds no pickles and does not depend on the ZeRO stage or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from proper_ds.distributed.ds_config import zero_stage
+from proper_ds.distributed.ranks import Ranks
+
+Tensor = torch.Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _import_deepspeed(on_gpu: bool) -> Any:
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # On CPU, DeepSpeed would compile a shared-memory op for its inference collectives: half a minute and a C++
+    # compiler that training over gloo has no use for.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class RankEngine:
+    """Trains the parameters of `module` that ask for gradients.
+
+    Args:
+        module: its forward takes one batch and returns a scalar loss and a dictionary of numbers to log.
+        ds_config: a resolved DeepSpeed configuration.
+    """
+
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any], ranks: Ranks) -> None:
+        deepspeed = _import_deepspeed(ranks.device.type == "cuda")
+        self._utils = deepspeed.utils
+        self.ranks = ranks
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._zero_stage = zero_stage(ds_config)
+        self._accumulation = int(ds_config["gradient_accumulation_steps"])
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            model_parameters=list(self._trained.values()),
+            config=ds_config | {"steps_per_print": 1 << 62},
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The trained module."""
+        found: nn.Module = self._engine.module
+        return found
+
+    def step(self, batches: list[Any], learning_rate: float) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches; returns the summed numbers to log, and `grad_norm`.
+
+        Losses are divided by what the whole global batch holds, so they are summed over ranks and micro-batches;
+        DeepSpeed averages over both, which is undone here.
+        """
+        assert len(batches) == self._accumulation, "one batch for each accumulation step"
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        logged: dict[str, Tensor] = {}
+        for batch in batches:
+            loss, numbers = self._engine(batch)
+            self._engine.backward(loss * (self.ranks.num_ranks * self._accumulation))
+            self._engine.step()
+            for name, value in numbers.items():
+                logged[name] = logged[name] + value if name in logged else value
+        found = {name: float(value) for name, value in logged.items()}
+        norm = self._engine.get_global_grad_norm()
+        return found | {"grad_norm": float(norm) if norm is not None else 0.0}
+
+    def state(self) -> dict[str, Tensor]:
+        """Full fp32 weights and AdamW moments of all trained parameters, on the CPU; a collective."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._trained.items():
+            found[f"weight/{name}"] = self._read(parameter, None)
+            for moment in MOMENTS:
+                found[f"{moment}/{name}"] = self._read(parameter, moment)
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full fp32 weights of all trained parameters by name, on the CPU; a collective."""
+        return {name: self._read(parameter, None) for name, parameter in self._trained.items()}
+
+    def restore(self, state: dict[str, Tensor], num_steps: int, any_batch: Any) -> None:
+        """Continue from `state`, written after `num_steps` optimizer steps; a collective.
+
+        The module must already hold the state's weights when the engine is made: under bf16 they are its rounded
+        copy. A step with learning rate 0 and no gradient makes DeepSpeed create its moments, which are then set.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+        for _ in range(self._accumulation):
+            loss, _ = self._engine(any_batch)
+            self._engine.backward(loss * 0.0)
+            self._engine.step()
+        for name, parameter in self._trained.items():
+            self._write(parameter, None, state[f"weight/{name}"])
+            for moment in MOMENTS:
+                self._write(parameter, moment, state[f"{moment}/{name}"])
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        for held in inner.state.values():
+            if "step" in held:
+                held["step"] = torch.full_like(held["step"], num_steps) if torch.is_tensor(held["step"]) else num_steps
+        for group in inner.param_groups:
+            if "step" in group:
+                group["step"] = num_steps
+
+    def _read(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        if not _is_sharded(parameter):
+            found = parameter.detach() if moment is None else self._optimizer.state[parameter][moment]
+        elif moment is None:
+            found = self._utils.safe_get_full_fp32_param(parameter)
+        else:
+            found = self._utils.safe_get_full_optimizer_state(parameter, moment)
+        return found.detach().float().cpu().clone()
+
+    def _write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        value = value.to(self.ranks.device)
+        if not _is_sharded(parameter):
+            target = parameter.data if moment is None else self._optimizer.state[parameter][moment]
+            target.copy_(value)
+        elif self._zero_stage == 3:
+            part = self._own_part(parameter, value)
+            if moment is None:
+                self._utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                self._utils.safe_set_local_optimizer_state(parameter, part, moment)
+        elif moment is None:
+            self._utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            self._utils.safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's ZeRO-3 partition of a full tensor; the last partition is padded with zeros."""
+        size = self._utils.safe_get_local_fp32_param(parameter).numel()
+        flat = value.flatten()
+        padded = torch.cat([flat, flat.new_zeros(size * self.ranks.num_ranks - flat.numel())])
+        return padded.narrow(0, size * self.ranks.rank, size)
+
+    def close(self) -> None:
+        """Free what the engine holds; the process group stays."""
+        self._engine.destroy()
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")

@@ -1,0 +1,46 @@
+"""Which rank this process is, on which device, and the few collectives that stages need besides the engine's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of a stage."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and metrics."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks; a collective."""
+        if self.num_ranks == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.num_ranks > 1:
+            dist.barrier()
+
+
+def current_ranks(num_threads: int) -> Ranks:
+    """The ranks of the running process group, which Ray Train (or a test) has initialised."""
+    torch.set_num_threads(num_threads)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)

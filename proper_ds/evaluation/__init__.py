@@ -1,0 +1,1 @@
+"""Prediction, LaMP's metrics, methods and the report."""

@@ -1,0 +1,39 @@
+"""The `evaluation` section of a run: which methods answer which questions, and how they are scored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from proper_ds.section import Section
+
+MethodName = Literal[
+    "base", "population", "group", "group-released", "OPPU", "proper", "proper-released", "proper-user-gates"
+]
+DEFAULT_METHODS: list[MethodName] = ["base", "population", "group", "OPPU", "proper", "proper-released"]
+
+
+class EvaluationConfig(Section):
+    """All methods answer the same questions through the same code."""
+
+    methods: list[MethodName] = DEFAULT_METHODS
+    split: str = "dev"
+    """The split whose questions are answered."""
+    closed_labels: Literal["score", "generate"] = "score"
+    """Tasks with a closed label set: take the likeliest label, or generate freely."""
+    ordinal: Literal["mode", "median"] = "mode"
+    """Ratings under `closed_labels: score`: the likeliest rating, or the median of the ratings' distribution."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """For generated answers; by default what the task says."""
+    num_bootstrap_samples: int = Field(default=1000, ge=10)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    num_tokens_per_batch: int = Field(default=4096, ge=16)
+    """Padded prompt tokens in one forward pass."""
+
+    @field_validator("methods")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("give at least one method, each once")
+        return value

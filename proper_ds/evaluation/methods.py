@@ -1,0 +1,89 @@
+"""The compared methods as data: which stages stand behind each row of the report.
+
+Every method answers through the same prompt builder and predictor; only these switches differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Gates = Literal["user", "lora"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the report.
+
+    Attributes:
+        population: the population LoRA is merged into the base.
+        preset: the group experts of this preset are on, or None.
+        user_lora: each user's own LoRA is on.
+        gates: which router mixes the experts: user-aware (stage 2) or LoRA-aware (stage 3.2).
+        says: one line for the report.
+    """
+
+    name: str
+    population: bool = False
+    preset: str | None = None
+    user_lora: bool = False
+    gates: Gates = "user"
+    says: str = ""
+
+    @property
+    def adapter_set(self) -> str | None:
+        """The name of the store's set of user adapters that this method reads, or None."""
+        if not self.user_lora:
+            return None
+        return self.preset or "OPPU"
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("base", says="the frozen base, no adapter"),
+        Method("population", population=True, says="one LoRA over everybody's data (stage 1)"),
+        Method("group", True, "proper", says="experts with user-aware gates (stage 2, preset proper)"),
+        Method("group-released", True, "proper-released", says="the same with the released mathematics"),
+        Method("OPPU", True, None, True, says="one LoRA per user on the population model, without groups"),
+        Method("proper", True, "proper", True, "lora", "one LoRA per user on the groups, LoRA-aware gates"),
+        Method(
+            "proper-released",
+            True,
+            "proper-released",
+            True,
+            "lora",
+            "the same with the released mathematics",
+        ),
+        Method("proper-user-gates", True, "proper", True, "user", "proper before stage 3.2: user-aware gates"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a list of methods needs trained, in order."""
+
+    population: bool
+    presets: tuple[str, ...]
+    """Group stages."""
+    adapter_sets: tuple[str, ...]
+    """User stages: `OPPU` or a preset."""
+    routers: tuple[str, ...]
+    """LoRA-aware routers, by preset."""
+
+
+def needs_of(names: Sequence[str]) -> Needs:
+    """The stages behind the methods called `names`, each once, in the order of the methods."""
+    methods = [METHODS[name] for name in names]
+
+    def once(values: list[str | None]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value for value in values if value is not None))
+
+    return Needs(
+        population=any(method.population for method in methods),
+        presets=once([method.preset for method in methods]),
+        adapter_sets=once([method.adapter_set for method in methods]),
+        routers=once([m.preset for m in methods if m.user_lora and m.gates == "lora"]),
+    )

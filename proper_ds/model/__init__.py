@@ -1,0 +1,1 @@
+"""The mathematics: frozen base, LoRA slots, experts, routers, adapter files. Knows torch and transformers only."""

@@ -1,0 +1,126 @@
+"""The frozen base: loading, finding target modules, and logits at target positions only.
+
+Knows transformers; every stage starts here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from proper_ds.errors import AdapterError
+from proper_ds.files import digest_of
+
+Tensor = torch.Tensor
+_SAMPLE_BYTES = 4 << 20
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """A Hugging Face tokenizer. Raises AdapterError where the name or folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise AdapterError(_unreachable(model, "tokenizer", error)) from None
+
+
+def load_base(model: str, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A frozen causal language model in evaluation mode.
+
+    Raises:
+        AdapterError: where the name or folder holds none, or where its logits are not simply its head on its last
+            hidden states (see `check_head`).
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise AdapterError(_unreachable(model, "model", error)) from None
+    lm.requires_grad_(False)
+    lm.eval()
+    check_head(lm)
+    return lm.to(device)
+
+
+def _unreachable(model: str, what: str, error: Exception) -> str:
+    first = str(error).splitlines()[0][:200]
+    return (
+        f"base.model {model!r}: no {what} could be loaded ({first}). Give a folder saved by save_pretrained, or a"
+        " Hugging Face name that this machine can reach (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE), or let base.create make one."
+    )
+
+
+def backbone(lm: Any) -> nn.Module:
+    """The model below the language-model head."""
+    inner: nn.Module = lm.base_model
+    return inner
+
+
+def check_head(lm: Any) -> None:
+    """Raise AdapterError unless logits = head(last hidden state), which target-only logits rely on."""
+    ids = torch.arange(4).unsqueeze(0) % lm.config.vocab_size
+    with torch.no_grad():
+        wanted = lm(input_ids=ids).logits
+        found = lm.get_output_embeddings()(backbone(lm)(input_ids=ids).last_hidden_state)
+    if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-3):
+        raise AdapterError(
+            f"{type(lm).__name__} does more to its logits than apply its head (soft-capping or scaling);"
+            " this is not supported: use another base"
+        )
+
+
+def linears_of(lm: nn.Module) -> dict[str, nn.Linear]:
+    """All linear modules of a model by name, the output head left out."""
+    head = lm.get_output_embeddings()  # type: ignore[operator]
+    return {name: m for name, m in lm.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def find_targets(lm: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
+    """The linear modules whose names end in one of `target_modules`, in model order (as PEFT matches them).
+
+    Raises:
+        AdapterError: naming every target that matches nothing and the names that would.
+    """
+    linears = linears_of(lm)
+    found = {
+        name: module
+        for name, module in linears.items()
+        if any(name == target or name.endswith(f".{target}") for target in target_modules)
+    }
+    idle = [t for t in target_modules if not any(name == t or name.endswith(f".{t}") for name in found)]
+    if idle:
+        legal = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise AdapterError(
+            f"target_modules {', '.join(idle)} match no linear module of {type(lm).__name__}; it has {', '.join(legal)}"
+        )
+    return found
+
+
+def base_fingerprint(model: str, revision: str | None) -> str:
+    """A digest that changes with the base: of a folder's configuration and samples of its weights, or of a hub name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return digest_of(model, revision)
+    parts: list[Any] = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".model", ".bin"):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(_SAMPLE_BYTES)
+                file.seek(max(0, size - _SAMPLE_BYTES))
+                parts.append([path.name, size, digest_of(head.hex(), file.read(_SAMPLE_BYTES).hex())])
+    return digest_of(parts)
+
+
+def merge_lora(linear: nn.Linear, a_rD: Tensor, b_Er: Tensor, scaling: float) -> None:
+    """`W <- W + scaling * B A`, in the weight's type, as PEFT's `merge_and_unload` does."""
+    with torch.no_grad():
+        delta = (b_Er.float() @ a_rD.float()) * scaling
+        linear.weight.add_(delta.to(linear.weight.dtype).to(linear.weight.device))

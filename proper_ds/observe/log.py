@@ -1,0 +1,46 @@
+"""Standard logging for driver, ranks and actors: a file for each, and the driver's on the terminal too."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+_FORMAT = "%(asctime)s %(levelname)s [{who}] %(message)s"
+_NOISY = ("ray", "deepspeed", "DeepSpeed", "transformers", "datasets", "matplotlib", "filelock", "urllib3", "fsspec")
+
+
+def get_logger() -> logging.Logger:
+    """The library's logger."""
+    return logging.getLogger("proper_ds")
+
+
+def log_to_file(folder: Path, who: str) -> None:
+    """Send this process's log to `folder/<who>.log`; `who` names stage, rank or actor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"{who.replace('/', '-').replace(' ', '-')}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT.format(who=who)))
+    logger = get_logger()
+    for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+        logger.removeHandler(old)
+        old.close()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def log_to_terminal(console: Console) -> None:
+    """Show the driver's log: coloured on a terminal, plain lines otherwise."""
+    logger = get_logger()
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(console.file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)

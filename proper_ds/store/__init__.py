@@ -1,0 +1,1 @@
+"""The adapter store: packs of many users' adapters and the catalog that commits them."""

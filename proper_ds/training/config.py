@@ -1,0 +1,102 @@
+"""The sections `population`, `group`, `user` and `router` of a run; names as in Hugging Face's TrainingArguments."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from proper_ds.model.config import ATTENTION, LoraSettings
+from proper_ds.section import Section
+
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Examples = Literal["history", "queries"]
+Users = Literal["train", "all"]
+
+
+class OptimSettings(Section):
+    """AdamW and its schedule (Loshchilov and Hutter 2019)."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    lr_scheduler_type: Schedule = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradient norm to clip at; 0 turns clipping off."""
+    num_train_epochs: int = Field(default=1, ge=1)
+
+
+class RankTraining(OptimSettings):
+    """A stage that runs on ranks under DeepSpeed."""
+
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps, whatever `num_train_epochs` says."""
+    logging_steps: int = Field(default=10, ge=1)
+    save_steps: int = Field(default=100, ge=1)
+    train_on: list[Examples] = ["history", "queries"]
+    """`history`: items of the users' histories; `queries`: questions with their answers."""
+
+    @field_validator("train_on")
+    @classmethod
+    def _something(cls, value: list[str]) -> list[str]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("give `history`, `queries` or both, each once")
+        return value
+
+
+class PopulationConfig(RankTraining):
+    """Stage 1: one LoRA over everybody's data (PROPER, section 3.2; released code: attention, r 8, alpha 16)."""
+
+    lora: LoraSettings = LoraSettings(r=8, lora_alpha=16, target_modules=ATTENTION)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+
+
+class GroupConfig(RankTraining):
+    """Stage 2: a mixture of LoRA experts with a user-aware router (PROPER, section 3.3)."""
+
+    lora: LoraSettings = LoraSettings()
+    num_experts: int = Field(default=5, ge=2)
+    users: Users = "train"
+    """Whose examples teach the experts in `proper`. `proper-released` has a row per user, so it uses all users."""
+    constraint_weight: float = Field(default=0.01, ge=0)
+    """`proper` only: weight of the constraint that makes each user's mean gate one-hot."""
+    balance_weight: float = Field(default=0.01, ge=0)
+    """`proper` only: weight of the term that keeps users from all choosing one expert."""
+    user_vector_size: int = Field(default=32, ge=1)
+    """`proper` only: width of the user vector that the history encoder makes."""
+    generic_user_probability: float = Field(default=0.05, ge=0, lt=1)
+    """`proper` only: how often a training row forgets its user, so that the generic user is learned too."""
+
+
+class UserConfig(OptimSettings):
+    """Stage 3.1: one LoRA per user on the frozen groups (PROPER, section 3.4), or without groups (OPPU)."""
+
+    lora: LoraSettings = LoraSettings()
+    users: Literal["all", "needed"] = "all"
+    """`needed`: only users that are evaluated, and those the router learns from."""
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    """Items of one user in one of that user's optimizer steps: what it would be if the user trained alone."""
+    min_steps: int = Field(default=0, ge=0)
+    """Users with little history repeat their epochs until they have made so many optimizer steps."""
+    max_history_items: int | None = Field(default=None, ge=1)
+    """Train on a user's newest so many items only."""
+    num_slots: int = Field(default=64, ge=1)
+    """Users trained side by side on one device."""
+    num_tokens_per_batch: int = Field(default=1024, ge=16)
+    """Padded tokens in one forward pass; a user's step may take several."""
+
+
+class RouterConfig(RankTraining):
+    """Stage 3.2: the LoRA-aware router, shared by all users (PROPER, section 3.4)."""
+
+    train_on: list[Examples] = ["queries"]
+    users: Users = "train"
+    """Whose examples and adapters teach the router."""
+    max_users: int | None = Field(default=None, ge=1)
+    """Learn from a sample of so many users."""

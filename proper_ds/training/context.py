@@ -1,0 +1,88 @@
+"""What every stage finds on its machine: configuration, folders, data and the base; built anew in each process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from proper_ds.data.prepared import PreparedData
+from proper_ds.data.tokens import TokenData
+from proper_ds.model.adapter_file import load_peft
+from proper_ds.model.base import find_targets, load_base, load_tokenizer, merge_lora
+from proper_ds.model.config import BaseConfig
+from proper_ds.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def base_dtype(base: BaseConfig, on_gpu: bool) -> torch.dtype:
+    """The base's type: as configured; `auto` is bfloat16 on GPUs and float32 on CPUs."""
+    if base.dtype == "auto":
+        return torch.bfloat16 if on_gpu else torch.float32
+    return DTYPES[base.dtype]
+
+
+@dataclass
+class RunContext:
+    """One run as seen from one process."""
+
+    config: RunConfig
+    device: torch.device
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.config.output_path)
+
+    @property
+    def prepared_path(self) -> Path:
+        """The prepared data: given, or the run's own."""
+        given = self.config.data.prepared
+        return Path(given) if given else self.folder.stage("prepared").path
+
+    @property
+    def base_name(self) -> str:
+        """The base: given, or the run's own."""
+        return self.config.base.model or str(self.folder.stage("base").path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's type on this process's device."""
+        return base_dtype(self.config.base, self.device.type == "cuda")
+
+    @cached_property
+    def prepared(self) -> PreparedData:
+        """The prepared users."""
+        return PreparedData(self.prepared_path)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """User keys by index."""
+        return self.prepared.keys()
+
+    @cached_property
+    def tokens(self) -> TokenData:
+        """The tokenised examples."""
+        return TokenData(self.folder.stage("tokens").path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return load_tokenizer(self.base_name, self.config.base.revision)
+
+    def load_lm(self, with_population: bool) -> Any:
+        """The frozen base on this device, with the population LoRA merged in where asked for."""
+        lm = load_base(self.base_name, self.config.base.revision, self.dtype, self.device)
+        if with_population:
+            row_P, layout = load_peft(self.folder.stage("population").path / "adapter")
+            targets = find_targets(lm, sorted({m.name.rsplit(".", 1)[-1] for m in layout.modules}))
+            for name, a_SrD, b_SEr in layout.views(row_P.unsqueeze(0)):
+                merge_lora(targets[name], a_SrD[0], b_SEr[0], layout.scaling)
+        return lm

@@ -1,0 +1,73 @@
+"""Which examples and users a stage learns from; pure functions of the tokenised data's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from proper_ds.data.tokens import HISTORY, QUERY, TokenData
+from proper_ds.errors import DataError
+from proper_ds.files import seed_of
+
+
+def users_with_queries(tokens: TokenData, split: str) -> np.ndarray:
+    """Mask over users: those with a question in `split`."""
+    asked = (tokens.column("kind") == QUERY) & (tokens.column("split") == tokens.split_code(split))
+    mask = np.zeros(tokens.num_users, dtype=bool)
+    mask[tokens.column("user")[asked]] = True
+    return mask
+
+
+def training_users(tokens: TokenData, train_split: str) -> np.ndarray:
+    """Mask over users: those with a question in the training split, or with no question at all."""
+    asked = np.zeros(tokens.num_users, dtype=bool)
+    asked[tokens.column("user")[tokens.column("kind") == QUERY]] = True
+    return users_with_queries(tokens, train_split) | ~asked
+
+
+def training_examples(
+    tokens: TokenData, train_on: Sequence[str], users: np.ndarray, train_split: str, stage: str
+) -> np.ndarray:
+    """Indices of the examples a stage learns from.
+
+    Args:
+        train_on: `history`, `queries` or both.
+        users: mask over users.
+        train_split: only this split's questions are learned from.
+        stage: the stage's section, for the message.
+
+    Raises:
+        DataError: when there are none.
+    """
+    kind, chosen = tokens.column("kind"), np.zeros(len(tokens.column("kind")), dtype=bool)
+    if "history" in train_on:
+        chosen |= kind == HISTORY
+    if "queries" in train_on:
+        in_split = tokens.column("split") == tokens.split_code(train_split)
+        chosen |= (kind == QUERY) & in_split & tokens.column("has_answer")
+    chosen &= users[tokens.column("user")]
+    found = np.flatnonzero(chosen)
+    if not len(found):
+        raise DataError(
+            f"stage {stage} has nothing to learn from: {int(users.sum())} users, {stage}.train_on {list(train_on)},"
+            f" questions of split {train_split!r}; change {stage}.train_on, {stage}.users or data.train_split"
+        )
+    return found
+
+
+def router_users(tokens: TokenData, users: str, max_users: int | None, train_split: str, seed: int) -> np.ndarray:
+    """Mask over the users that the LoRA-aware router learns from: a seeded sample of those with history."""
+    mask = training_users(tokens, train_split) if users == "train" else np.ones(tokens.num_users, dtype=bool)
+    mask = mask & (num_history(tokens) > 0)
+    if max_users is not None and mask.sum() > max_users:
+        order = np.random.default_rng(seed_of(seed, "router users")).permutation(np.flatnonzero(mask))
+        mask = np.zeros_like(mask)
+        mask[order[:max_users]] = True
+    return mask
+
+
+def num_history(tokens: TokenData) -> np.ndarray:
+    """History items of each user."""
+    users = tokens.column("user")[tokens.column("kind") == HISTORY]
+    return np.bincount(users, minlength=tokens.num_users)

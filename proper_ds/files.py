@@ -47,7 +47,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write a whole JSON file or nothing."""
-    write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    write_text_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def digest_of_file(path: Path) -> str:

@@ -67,7 +67,7 @@ class PromptEncoder:
         room = self.max_length - len(self._suffix) - num_reserved
         if room < 1:
             raise DataError(
-                f"an answer of {num_reserved} tokens leaves no room for its prompt in base.max_length {self.max_length};"
+                f"an answer of {num_reserved} tokens leaves no room for a prompt in base.max_length {self.max_length};"
                 " answers are never cut: raise base.max_length"
             )
         return head[:room] + self._suffix, max(0, len(head) - room)

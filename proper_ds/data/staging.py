@@ -108,12 +108,12 @@ class Staging:
         if not self._wanted(question):
             return
         if question.has_query:
+            q = question
             try:
                 self._db.execute(
                     "INSERT INTO questions (source, split, id, user, input, time, gold, file, record)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (source, question.split, question.id, question.user, question.input)
-                    + (question.time, gold, question.file, question.record),
+                    (source, q.split, q.id, q.user, q.input, q.time, gold, q.file, q.record),
                 )
             except sqlite3.IntegrityError:
                 self._complain(question, "a second question with this id")

@@ -6,7 +6,7 @@ Made once from the prepared shards; the stages read examples by index and users 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from proper_ds.files import atomic_path, write_json_atomic
 HISTORY, QUERY = 0, 1
 EXAMPLES_PER_FILE = 50_000
 ROWS_PER_BATCH = 1_000
+Progress = Callable[[str, int, int | None], None]
 MARKER = "tokens.json"
 
 SCHEMA = pa.schema(
@@ -98,11 +99,19 @@ class _Writer:
         self._pending = self._pending.slice(0, 0)
 
 
-def tokenize(prepared: PreparedData, encoder: PromptEncoder, folder: Path, fingerprint: str, progress: Any) -> None:
+def tokenize(
+    prepared: PreparedData,
+    encoder: PromptEncoder,
+    folder: Path,
+    train_split: str,
+    max_new_tokens: int | None,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
     """Write the tokenised examples of every user; `tokens.json` is the last write.
 
     Args:
-        fingerprint: kept in the marker, so that a run can tell whether the tokens match its inputs.
+        train_split: only this split's questions carry their answers; all others are prompts that know no gold.
+        max_new_tokens: room that prompts leave for generated answers; None for what their task says.
         progress: called with (what, done, total).
 
     Raises:
@@ -112,10 +121,14 @@ def tokenize(prepared: PreparedData, encoder: PromptEncoder, folder: Path, finge
     manifest = prepared.manifest
     names, splits = list(manifest.tasks), sorted(manifest.splits)
     labels = {name: encoder.label_ids(task) for name, task in manifest.tasks.items()}
+    room = {
+        name: max((len(ids) for ids in labels[name]), default=max_new_tokens or task.max_new_tokens)
+        for name, task in manifest.tasks.items()
+    }
     writer, first, num_cut, num_tokens = _Writer(folder), [0], 0, 0
     for index, user in enumerate(prepared.users()):
         count = 0
-        for row, encoded in _examples(user, manifest.tasks, encoder, labels):
+        for row, encoded in _examples(user, manifest.tasks, encoder, room, train_split):
             row |= {"user": index, "task": names.index(row["task"])}
             row["split"] = splits.index(row["split"]) if row["split"] is not None else -1
             row |= {"num_prompt": encoded.num_prompt, "num_tokens": len(encoded.ids), "input_ids": encoded.ids}
@@ -131,7 +144,6 @@ def tokenize(prepared: PreparedData, encoder: PromptEncoder, folder: Path, finge
     with atomic_path(folder / "first.npy") as path, path.open("wb") as file:
         np.save(file, np.asarray(first, dtype=np.int64), allow_pickle=False)
     marker = {
-        "fingerprint": fingerprint,
         "files": writer.files,
         "tasks": names,
         "splits": splits,
@@ -145,19 +157,17 @@ def tokenize(prepared: PreparedData, encoder: PromptEncoder, folder: Path, finge
 
 
 def _examples(
-    user: User, tasks: dict[str, TaskManifest], encoder: PromptEncoder, labels: dict[str, list[list[int]]]
+    user: User, tasks: dict[str, TaskManifest], encoder: PromptEncoder, room: dict[str, int], train_split: str
 ) -> Iterator[tuple[dict[str, Any], Encoded]]:
     for position, item in enumerate(user.history):
         row = {"kind": HISTORY, "split": None, "task": item.task, "position": position, "has_answer": True}
         yield row, encoder.encode(history_prompt(tasks[item.task], item), item.answer)
     for position, query in enumerate(user.queries):
-        task = tasks[query.task]
         row = {"kind": QUERY, "split": query.split, "task": query.task, "position": position}
-        if query.answer is None:
-            reserved = max((len(ids) for ids in labels[query.task]), default=task.max_new_tokens)
-            yield row | {"has_answer": False}, encoder.question(query.input, reserved)
-        else:
+        if query.split == train_split and query.answer is not None:
             yield row | {"has_answer": True}, encoder.encode(query.input, query.answer)
+        else:
+            yield row | {"has_answer": False}, encoder.question(query.input, room[query.task])
 
 
 class TokenData:

@@ -107,6 +107,12 @@ class PersonalModel(nn.Module):
         states: Tensor = backbone(self.lm)(input_ids=ids_RT, use_cache=False).last_hidden_state
         return states
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding [V, D]."""
+        found: Tensor = self.lm.get_output_embeddings().weight
+        return found
+
     def logits_at(self, states_RTD: Tensor, row_K: Tensor, position_K: Tensor) -> Tensor:
         """Logits [K, V] at the given rows and positions only."""
         found: Tensor = self.lm.get_output_embeddings()(states_RTD[row_K, position_K])

@@ -28,7 +28,7 @@ def check_row(row_P: Tensor, layout: LoraLayout, what: str) -> None:
         raise AdapterError(f"{what}: has {row_P.numel()} numbers where its layout needs {layout.num_parameters}")
     if not bool(row_P.isfinite().all()):
         raise AdapterError(f"{what}: has weights that are not finite")
-    if not any(bool(b.any()) for _, _, b in layout.views(row_P.unsqueeze(0))):
+    if not layout.has_effect(row_P):
         raise AdapterError(f"{what}: every lora_B is zero, so it has no effect")
 
 

@@ -53,7 +53,7 @@ def _unreachable(model: str, what: str, error: Exception) -> str:
     first = str(error).splitlines()[0][:200]
     return (
         f"base.model {model!r}: no {what} could be loaded ({first}). Give a folder saved by save_pretrained, or a"
-        " Hugging Face name that this machine can reach (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE), or let base.create make one."
+        " Hugging Face name that this machine can reach (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE), or use base.create."
     )
 
 

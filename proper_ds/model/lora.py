@@ -83,6 +83,10 @@ class LoraLayout:
             row_P[start:middle].uniform_(-bound, bound, generator=generator)
         return row_P.to(dtype)
 
+    def has_effect(self, row_P: Tensor) -> bool:
+        """Whether any B of an adapter is not zero."""
+        return any(bool(b.any()) for _, _, b in self.views(row_P.unsqueeze(0)))
+
     def to_json(self) -> dict[str, Any]:
         """For manifests."""
         modules = [[m.name, m.in_features, m.out_features] for m in self.modules]
@@ -160,9 +164,7 @@ class SlotLora(nn.Module):
 
     def forward(self, x_RTD: Tensor, slot_R: Tensor) -> Tensor:
         """Each row's own addition to the module's output."""
-        out: Tensor = _SlotProduct.apply(  # type: ignore[no-untyped-call]
-            x_RTD, self._anchor, self._a, self._b, slot_R, self._scaling, self._grads
-        )
+        out: Tensor = _SlotProduct.apply(x_RTD, self._anchor, self._a, self._b, slot_R, self._scaling, self._grads)
         return out
 
 

@@ -59,13 +59,15 @@ class SummedRouter(Router):
     """Preset `proper`, stage 2: `softmax(W_x x_t + W_u z_u)`, z the user vector shared by all modules.
 
     The softmax of summed logits can become as sharp as the data asks for; the released sum of probabilities cannot.
-    `W_u` starts at zero: every user starts from the token's own mixture.
+    `W_u` starts at random, so that users with unlike vectors use unlike experts from the first step: experts that all
+    see everybody hardly ever come apart.
     """
 
     def __init__(self, in_features: int, num_experts: int, user_vector_size: int, generator: torch.Generator) -> None:
         super().__init__()
         self.token = _uniform(num_experts, in_features, fan_in=in_features, generator=generator)
-        self.user = nn.Parameter(torch.zeros(num_experts, user_vector_size))
+        spread = user_vector_size**-0.5
+        self.user = nn.Parameter(torch.empty(num_experts, user_vector_size).normal_(0, spread, generator=generator))
 
     def logits(self, x_RTD: Tensor, rows: Rows) -> Tensor:
         """Gate logits [R, T, N] before the softmax."""

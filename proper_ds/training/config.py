@@ -70,6 +70,8 @@ class GroupConfig(RankTraining):
     """`proper` only: weight of the term that keeps users from all choosing one expert."""
     user_vector_size: int = Field(default=32, ge=1)
     """`proper` only: width of the user vector that the history encoder makes."""
+    history_dropout: float = Field(default=0.8, ge=0, lt=1)
+    """`proper` only: a training row's user vector forgets a random share, up to this, of the user's history."""
     generic_user_probability: float = Field(default=0.05, ge=0, lt=1)
     """`proper` only: how often a training row forgets its user, so that the generic user is learned too."""
 
@@ -78,6 +80,8 @@ class UserConfig(OptimSettings):
     """Stage 3.1: one LoRA per user on the frozen groups (PROPER, section 3.4), or without groups (OPPU)."""
 
     lora: LoraSettings = LoraSettings()
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Rounded up to whole steps, of which a user with little history has few; the first warm-up step learns nothing."""
     users: Literal["all", "needed"] = "all"
     """`needed`: only users that are evaluated, and those the router learns from."""
     per_device_train_batch_size: int = Field(default=4, ge=1)

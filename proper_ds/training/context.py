@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.tokens import TokenData
@@ -81,8 +82,36 @@ class RunContext:
         """The frozen base on this device, with the population LoRA merged in where asked for."""
         lm = load_base(self.base_name, self.config.base.revision, self.dtype, self.device)
         if with_population:
-            row_P, layout = load_peft(self.folder.stage("population").path / "adapter")
-            targets = find_targets(lm, sorted({m.name.rsplit(".", 1)[-1] for m in layout.modules}))
-            for name, a_SrD, b_SEr in layout.views(row_P.unsqueeze(0)):
-                merge_lora(targets[name], a_SrD[0], b_SEr[0], layout.scaling)
+            self.population_switch(lm).set(True)
         return lm
+
+    def population_switch(self, lm: Any) -> PopulationSwitch:
+        """What merges the run's population LoRA into a base loaded without it; make it before wrapping modules."""
+        row_P, layout = load_peft(self.folder.stage("population").path / "adapter")
+        targets = find_targets(lm, sorted({m.name.rsplit(".", 1)[-1] for m in layout.modules}))
+        loras = {name: (a[0], b[0]) for name, a, b in layout.views(row_P.unsqueeze(0))}
+        return PopulationSwitch({name: targets[name] for name in loras}, loras, layout.scaling)
+
+
+class PopulationSwitch:
+    """Merges a LoRA into linear modules, and puts the original weights back bit for bit."""
+
+    def __init__(
+        self, targets: dict[str, nn.Linear], loras: dict[str, tuple[torch.Tensor, torch.Tensor]], scaling: float
+    ) -> None:
+        self._targets, self._loras, self._scaling = targets, loras, scaling
+        self._original: dict[str, torch.Tensor] = {}
+
+    def set(self, merged: bool) -> None:
+        """Merge, or undo it; nothing happens where that is the state already."""
+        if merged == bool(self._original):
+            return
+        for name, linear in self._targets.items():
+            if merged:
+                self._original[name] = linear.weight.data
+                linear.weight.data = linear.weight.data.clone()
+                merge_lora(linear, *self._loras[name], self._scaling)
+            else:
+                linear.weight.data = self._original[name]
+        if not merged:
+            self._original = {}

@@ -19,7 +19,7 @@ from proper_ds.data.batches import collate, length_batches
 from proper_ds.data.tokens import Example
 from proper_ds.files import atomic_path
 from proper_ds.model.adapted import PersonalModel
-from proper_ds.model.user_vectors import item_features
+from proper_ds.model.user_vectors import PRIOR_ITEMS, item_features
 
 Tensor = torch.Tensor
 
@@ -32,8 +32,11 @@ def compute_features(model: PersonalModel, examples: Sequence[Example], num_toke
     with torch.no_grad():
         for part in length_batches([len(e.ids) for e in examples], num_tokens):
             batch = collate([examples[i] for i in part], model.device)
-            features_RF = item_features(model.hidden(batch.ids_RT), batch.num_prompt_R, batch.length_R)
-            for i, row_F in zip(part, features_RF.float().cpu(), strict=True):
+            states_RTD = model.hidden(batch.ids_RT)
+            logits_KV = model.logits_at(states_RTD, batch.row_K, batch.position_K)
+            state_KD = states_RTD[batch.row_K, batch.position_K]
+            features_RF = item_features(state_KD, logits_KV, batch.target_K, batch.row_K, model.head_weight)
+            for i, row_F in zip(part, features_RF.cpu(), strict=True):
                 found[i] = row_F
     return torch.stack([row for row in found if row is not None])
 
@@ -83,22 +86,22 @@ class FeatureData:
         unit, row = self._locate(user)
         return self._unit(unit)["sums"][row], int(self._counts[unit][row])
 
-    def item(self, user: int, position: int) -> Tensor:
-        """Features [F] of one history item."""
+    def items(self, user: int) -> Tensor:
+        """Features [I, F] of all history items of a user."""
         unit, row = self._locate(user)
-        return self._unit(unit)["items"][int(self._offsets[unit][row]) + position]
+        return self._unit(unit)["items"][int(self._offsets[unit][row]) : int(self._offsets[unit][row + 1])]
 
     def mean_and_std(self, users: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [F] over the mean features of the masked `users` that have history."""
+        """Mean and standard deviation [F] over the pooled features of the masked `users` that have history."""
         total = square = torch.zeros(self.feature_size, dtype=torch.float64)
         count = 0
         for unit, first in enumerate(self._first):
             counts = torch.from_numpy(self._counts[unit])
             chosen = torch.from_numpy(users[first : first + len(counts)]) & (counts > 0)
-            means = self._unit(unit)["sums"][chosen].double() / counts[chosen].unsqueeze(1)
-            total = total + means.sum(0)
-            square = square + means.square().sum(0)
-            count += len(means)
+            found = self._unit(unit)["sums"][chosen].double() / (counts[chosen] + PRIOR_ITEMS).unsqueeze(1)
+            total = total + found.sum(0)
+            square = square + found.square().sum(0)
+            count += len(found)
         mean = total / max(count, 1)
         std = (square / max(count, 1) - mean.square()).clamp_min(0).sqrt()
         # a feature that is the same for everybody says nothing: leave it at the mean

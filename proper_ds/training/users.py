@@ -129,6 +129,8 @@ class _Pool:
         row_P = self.buffers.weights_SP[number].detach().cpu().clone()
         if not reason and not bool(row_P.isfinite().all()):
             reason = "weights are not finite"
+        if not reason and not self.layout.has_effect(row_P):
+            reason = f"the adapter has no effect after {slot.step} steps (learning rate 0: warm-up, or too few steps)"
         return UserResult(slot.task.key, None if reason else row_P, reason, slot.losses, len(slot.task.examples))
 
     def tick(self) -> None:
@@ -160,7 +162,7 @@ class _Pool:
         weight_R = torch.tensor([1 / num_targets[number] for number, _ in rows], dtype=losses_K.dtype, device=device)
         weighted_K = losses_K * weight_R[batch.row_K]
         loss_S.index_add_(0, slot_R[batch.row_K], weighted_K.detach().double())
-        weighted_K.sum().backward()  # type: ignore[no-untyped-call]
+        weighted_K.sum().backward()
 
     def _rows(self, slot_R: Tensor, slots: list[_Slot], examples: list[Example]) -> Rows:
         device, rows = self.model.device, Rows(slot_R)

@@ -1,0 +1,59 @@
+"""The command line: `proper-ds`. Every command turns arguments into one call, and errors into text and exit codes.
+
+Exit codes: 0 done; 1 something failed that running again may mend; 2 something the user must mend; 130 stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from proper_ds import __version__
+from proper_ds.cli import base, data, run, store
+from proper_ds.errors import ProperError
+from proper_ds.observe.log import log_to_terminal
+
+app = typer.Typer(
+    name="proper-ds",
+    help="One model for each user: population, group and user LoRAs on DeepSpeed and Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.app, name="data")
+app.add_typer(base.app, name="base")
+app.add_typer(store.app, name="store")
+app.command("run")(run.run)
+app.command("check")(run.check)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """The console command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    log_to_terminal(Console(stderr=False))
+    try:
+        app(standalone_mode=False)
+    except ProperError as error:
+        typer.secho(f"error: {error}", err=True, fg="red" if sys.stderr.isatty() else None)
+        sys.exit(error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped; what was committed is kept. Run the same command again to go on.", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        logging.getLogger("proper_ds").exception("unexpected failure")
+        sys.exit(1)

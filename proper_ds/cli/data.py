@@ -1,0 +1,75 @@
+"""`proper-ds data prepare` and `proper-ds data generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from proper_ds.data.config import DataConfig
+from proper_ds.data.generate import generate as generate_population
+from proper_ds.data.prepare import prepare as prepare_data
+from proper_ds.errors import ConfigError
+from proper_ds.observe.progress import ProgressView
+from proper_ds.section import problems_of
+
+app = typer.Typer(no_args_is_help=True, help="Bring people's data in, or generate some.")
+
+
+@app.command()
+def prepare(
+    path: Annotated[list[str], typer.Argument(help="Folders or files in LaMP's format, JSONL or Parquet.")],
+    out: Annotated[Path, typer.Option(help="Where to write the shards.")],
+    format: Annotated[str, typer.Option(help="auto, lamp, jsonl or parquet.")] = "auto",
+    task: Annotated[str | None, typer.Option(help="LaMP_1 .. LaMP_7 or generic, where the data does not say.")] = None,
+    train_split: Annotated[str, typer.Option(help="The split that stages learn from.")] = "train",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set bad records aside instead of refusing.")] = False,
+    skip_leaks: Annotated[bool, typer.Option("--skip-leaks", help="Set leaking questions aside, too.")] = False,
+    max_users_per_split: Annotated[int | None, typer.Option(help="Only the first so many users.")] = None,
+) -> None:
+    """Check people's data and write one row a user into Parquet shards, the manifest last."""
+    from pydantic import ValidationError
+
+    try:
+        config = DataConfig.model_validate(
+            {
+                "path": path,
+                "format": format,
+                "task": task,
+                "train_split": train_split,
+                "bad_records": "set_aside" if skip_bad else "refuse",
+                "leaks": "set_aside" if skip_leaks else "refuse",
+                "max_users_per_split": max_users_per_split,
+            }
+        )
+    except ValidationError as error:
+        raise ConfigError("options", [problem for _, problem in problems_of(DataConfig, error)]) from None
+    view = ProgressView(Console())
+    with view.running():
+        manifest = prepare_data(config, out, view.report)
+    typer.echo(f"{manifest.num_users} users ({manifest.num_cold_users} without history)")
+    typer.echo(f"{manifest.num_history_items} history items in {len(manifest.shards)} shards: {out}")
+    for split, counts in manifest.splits.items():
+        typer.echo(f"split {split}: {counts['num_queries']} questions of {counts['num_users']} users")
+    for kind, count in manifest.set_aside.items():
+        if count:
+            typer.echo(f"{count} set aside ({kind}), listed in {out / 'problems.jsonl'}")
+
+
+@app.command()
+def generate(
+    users: Annotated[int, typer.Option(help="How many people.")],
+    out: Annotated[Path, typer.Option(help="Where to write; one folder a task.")],
+    groups: Annotated[int, typer.Option(help="How many latent groups of taste.")] = 4,
+    seed: Annotated[int, typer.Option(help="Same seed, same people.")] = 1,
+) -> None:
+    """Generate a population with known groups, in LaMP's format: a tag task and a rating task."""
+    view = ProgressView(Console())
+    with view.running():
+        for done, total in generate_population(users, groups, seed, out):
+            if done % 100 == 0 or done == total:
+                view.report("generated users", done, total)
+    folders = sorted(path.name for path in out.iterdir() if path.is_dir())
+    typer.echo(f"generated {users} users in {groups} groups: {', '.join(str(out / name) for name in folders)}")

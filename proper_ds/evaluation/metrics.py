@@ -1,0 +1,127 @@
+"""LaMP's metrics, exactly as its eval/evaluation.py defines them (github LaMP-Benchmark/LaMP at 38c9d4d).
+
+Each metric is a sum of statistics over questions and a function of that sum: so the same code gives the value over
+all questions, over one user, and over any bootstrap sample of users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from proper_ds.data.manifest import TaskManifest
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one task.
+
+    Attributes:
+        statistics: (gold, prediction) of one question to a vector that is summed over questions.
+        value: sums [..., width] to values [...]; nan where there was no question.
+        user_value: the same for the questions of one user, where it must differ.
+        higher_is_better: the direction.
+    """
+
+    name: str
+    statistics: Callable[[str, str], np.ndarray]
+    value: Callable[[np.ndarray], np.ndarray]
+    user_value: Callable[[np.ndarray], np.ndarray]
+    higher_is_better: bool
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def _simple(name: str, one: Callable[[str, str], float], higher: bool, after: Any = lambda x: x) -> Metric:
+    def value(sums: np.ndarray) -> np.ndarray:
+        found: np.ndarray = after(_ratio(sums))
+        return found
+
+    return Metric(name, lambda gold, given: np.asarray([one(gold, given), 1.0]), value, value, higher)
+
+
+def rating_error(gold: str, given: str) -> float:
+    """Prediction minus gold; an unparsable prediction counts as 1 or 5, whichever is farther from the gold."""
+    wanted = float(gold.strip())
+    try:
+        rating = float(given.strip())
+    except ValueError:
+        rating = math.nan
+    if not math.isfinite(rating):  # "nan" parses, but would leave no mean to report
+        rating = 1.0 if abs(1 - wanted) > abs(5 - wanted) else 5.0
+    return rating - wanted
+
+
+def _f1_macro(labels: Sequence[str]) -> Metric:
+    """Macro F1 over the fixed label list, as LaMP passes it to scikit-learn: a label nobody uses counts as 0.
+
+    A user's own value is over the labels that occur in that user's golds or predictions.
+    """
+    number = {label: n for n, label in enumerate(labels)}
+    width = len(labels)
+
+    def statistics(gold: str, given: str) -> np.ndarray:
+        counts = np.zeros((3, width))  # true positives, false positives, false negatives
+        wanted, found = number.get(gold.strip(), -1), number.get(given.strip(), -1)
+        if wanted == found and wanted >= 0:
+            counts[0, wanted] += 1
+        else:
+            if found >= 0:
+                counts[1, found] += 1
+            if wanted >= 0:
+                counts[2, wanted] += 1
+        return counts.reshape(-1)
+
+    def by_label(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        counts = sums.reshape(*sums.shape[:-1], 3, width)
+        hit, wrong, missed = counts[..., 0, :], counts[..., 1, :], counts[..., 2, :]
+        total = 2 * hit + wrong + missed
+        return np.divide(2 * hit, total, out=np.zeros_like(total), where=total > 0), total > 0
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        found: np.ndarray = by_label(sums)[0].mean(-1)
+        return found
+
+    def user_value(sums: np.ndarray) -> np.ndarray:
+        f1, occurs = by_label(sums)
+        with np.errstate(invalid="ignore"):
+            found: np.ndarray = f1.sum(-1) / occurs.sum(-1)
+        return found
+
+    return Metric("f1_macro", statistics, value, user_value, True)
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score import rouge_scorer
+
+    return rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+
+
+def rouge(kind: str) -> Callable[[str, str], float]:
+    """F-measure of `rouge1` or `rougeL`, no stemming: the defaults of Hugging Face's metric, which LaMP uses.
+
+    That metric reports the median of bootstrap means, which depends on chance; ours reports the mean itself.
+    """
+    return lambda gold, given: float(_rouge_scorer().score(gold.strip(), given.strip())[kind].fmeasure)
+
+
+def metrics_of(task: TaskManifest) -> list[Metric]:
+    """The metrics of a task, in LaMP's order."""
+    made = {
+        "accuracy": lambda: _simple("accuracy", lambda gold, given: float(gold.strip() == given.strip()), True),
+        "f1_macro": lambda: _f1_macro(task.labels or ()),
+        "mae": lambda: _simple("mae", lambda gold, given: abs(rating_error(gold, given)), False),
+        "rmse": lambda: _simple("rmse", lambda gold, given: rating_error(gold, given) ** 2, False, np.sqrt),
+        "rouge-1": lambda: _simple("rouge-1", rouge("rouge1"), True),
+        "rouge-L": lambda: _simple("rouge-L", rouge("rougeL"), True),
+    }
+    return [made[name]() for name in task.metrics]

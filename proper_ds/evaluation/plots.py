@@ -1,0 +1,111 @@
+"""The report's plots as SVG text: learning curves, gain by history length, how users spread over experts."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "base": "#9aa0a6",
+    "population": "#5f6368",
+    "group": "#e69f00",
+    "group-released": "#f0c36d",
+    "OPPU": "#0072b2",
+    "proper": "#d55e00",
+    "proper-released": "#cc79a7",
+    "proper-user-gates": "#009e73",
+}
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def learning_curves(events: list[dict[str, Any]]) -> str | None:
+    """Loss by step of every stage that logged steps; the last run of each stage counts."""
+    curves: dict[str, dict[int, float]] = {}
+    for event in events:
+        if event.get("loss") is not None and "step" in event:
+            curve = curves.setdefault(event["stage"], {})
+            for step in [s for s in curve if s >= event["step"]]:
+                del curve[step]  # steps repeated after a restart
+            curve[event["step"]] = event["loss"]
+    if not curves:
+        return None
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.axis("off")
+    for axis, (stage, curve) in zip(axes.flat, curves.items(), strict=False):
+        axis.plot(list(curve), list(curve.values()), color="#0072b2", linewidth=1.5)
+        axis.set_title(stage, fontsize=10)
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.set_ylabel("loss per target token", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    return _svg(figure)
+
+
+def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list[str]) -> str | None:
+    """Each method's gain over `rival` with its interval, by history length; above zero is better."""
+    methods = [method for method in methods if method not in (rival, "base")]
+    buckets = task["by_history"]
+    if not methods or not buckets:
+        return None
+    figure, axis = plt.subplots(figsize=(max(6, 1.7 * len(buckets) + 2), 3.2))
+    width = 0.8 / len(methods)
+    for n, method in enumerate(methods):
+        found = [_pair(bucket, metric, method, rival) for bucket in buckets]
+        gains = [pair["gain"] if pair else 0.0 for pair in found]
+        below = [max(0.0, pair["gain"] - pair["interval"][0]) if pair else 0.0 for pair in found]
+        above = [max(0.0, pair["interval"][1] - pair["gain"]) if pair else 0.0 for pair in found]
+        places = [i + (n - (len(methods) - 1) / 2) * width for i in range(len(buckets))]
+        axis.bar(places, gains, width * 0.92, color=COLOURS.get(method, "#777777"), label=method)
+        axis.errorbar(places, gains, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
+    axis.axhline(0, color="#333333", linewidth=0.8)
+    axis.set_xticks(range(len(buckets)), [f"{b['history']}\n({b['num_users']} users)" for b in buckets], fontsize=8)
+    axis.set_xlabel("history items", fontsize=9)
+    axis.set_ylabel(f"gain in {metric} over {rival}", fontsize=9)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.legend(fontsize=8, frameon=False, ncols=min(3, len(methods)))
+    axis.grid(axis="y", alpha=0.25)
+    return _svg(figure)
+
+
+def _pair(bucket: dict[str, Any], metric: str, method: str, rival: str) -> dict[str, Any] | None:
+    for pair in bucket["comparisons"][metric]:
+        if pair["method"] == method and pair["than"] == rival:
+            found: dict[str, Any] = pair
+            return found
+        if pair["method"] == rival and pair["than"] == method:  # the rival was listed later: turn it round
+            low, high = pair["interval"]
+            return {"gain": -pair["gain"], "interval": [-high, -low]}
+    return None
+
+
+def expert_spread(experts: dict[str, Any]) -> str | None:
+    """For each method with groups, the share of users whose strongest expert is this one, by module."""
+    if not experts:
+        return None
+    figure, axes = plt.subplots(1, len(experts), figsize=(4.2 * len(experts), 3), squeeze=False)
+    for axis, (method, found) in zip(axes.flat, experts.items(), strict=True):
+        image = axis.imshow(found["dominant_share"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        axis.set_title(f"{method}\nmean largest gate {found['mean_largest_gate']:.2f}", fontsize=9)
+        axis.set_xlabel("expert", fontsize=8)
+        axis.set_ylabel("adapted module", fontsize=8)
+        axis.set_xticks(range(found["num_experts"]))
+        axis.tick_params(labelsize=7)
+    figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8).set_label("share of users", fontsize=8)
+    return _svg(figure)

@@ -1,0 +1,116 @@
+"""The report of a run: `report.json` with every number, `report.md` and `report.html` for people, LaMP's own files.
+
+Called by the run's last stage; everything is read from what earlier stages committed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from proper_ds.evaluation.methods import METHODS
+from proper_ds.evaluation.metrics import metrics_of
+from proper_ds.evaluation.report_html import html_of
+from proper_ds.evaluation.report_text import markdown_of
+from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, read_predictions, write_lamp_files
+from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
+from proper_ds.observe.metrics import read_events
+from proper_ds.store.store import AdapterStore
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+    from proper_ds.training.context import RunContext
+
+
+def write_report(context: RunContext) -> dict[str, Any]:
+    """Make all of the report's files and return what report.json holds."""
+    root = context.folder.root
+    table = read_predictions(context.folder.stage("predictions").path)
+    methods: list[str] = list(context.config.evaluation.methods)
+    manifest = context.prepared.manifest
+    write_lamp_files(table, manifest.tasks, methods, context.folder.stage("predictions").path)
+    found = build_report(context, table)
+    events, _ = read_events(context.folder.metrics)
+    write_text_atomic(root / "report.html", html_of(found, events))
+    write_text_atomic(root / "report.md", markdown_of(found))
+    write_json_atomic(root / "report.json", found)
+    return found
+
+
+def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
+    """All numbers of the report."""
+    config, manifest = context.config, context.prepared.manifest
+    names: list[str] = list(config.evaluation.methods)
+    tasks: dict[str, Any] = {}
+    for name, task in manifest.tasks.items():
+        answers = answers_of(table, name, names)
+        if not answers.ids:
+            continue
+        tasks[name] = evaluate_task(task, answers, config.evaluation) | {
+            "lamp_id": task.lamp_id,
+            "kind": task.kind,
+            "generated": task.generated,
+            "metrics": {metric.name: metric.higher_is_better for metric in metrics_of(task)},
+        }
+    methods = {m: {name: task["methods"].pop(m) for name, task in tasks.items()} for m in names}
+    return {
+        "run": str(context.folder.root),
+        "protocol": {
+            "split": config.evaluation.split,
+            "closed_labels": config.evaluation.closed_labels,
+            "ordinal": config.evaluation.ordinal,
+            "confidence": config.evaluation.confidence,
+            "num_bootstrap_samples": config.evaluation.num_bootstrap_samples,
+        },
+        "base": context.base_name,
+        "config_digest": digest_of(config.model_dump(mode="json")),
+        "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
+        "methods": methods,
+        "method_notes": {name: METHODS[name].says for name in names},
+        "tasks": tasks,
+        "users": _users(context, config),
+        "experts": expert_use(table, names),
+        "router_jumps": _router_jumps(context),
+        "stages": _stages(context),
+        "set_aside": manifest.set_aside,
+    }
+
+
+def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
+    manifest = context.prepared.manifest
+    sets = {}
+    for name in dict.fromkeys(METHODS[m].adapter_set for m in config.evaluation.methods):
+        if name is None:
+            continue
+        store = AdapterStore(context.folder.stage(f"store/{name}").path)
+        users = store.users()
+        packs = (store.folder / "packs").glob("*.safetensors")
+        num_bytes = sum(path.stat().st_size for path in packs)
+        sets[name] = {
+            "num_adapters": len(users),
+            "num_failed": len(store.failures()),
+            "num_bytes": num_bytes,
+            "bytes_per_user": num_bytes / len(users) if users else 0,
+        }
+    return {"num_users": manifest.num_users, "num_cold_users": manifest.num_cold_users, "sets": sets}
+
+
+def _router_jumps(context: RunContext) -> list[dict[str, Any]]:
+    events, _ = read_events(context.folder.metrics)
+    last = {event["stage"]: event for event in events if event.get("event") == "gates exchanged"}
+    return [
+        {"stage": stage, "loss_user_gates": event["loss_user_gates"], "loss_lora_gates": event["loss_lora_gates"]}
+        for stage, event in last.items()
+    ]
+
+
+def _stages(context: RunContext) -> dict[str, float]:
+    """Seconds of each committed stage, by its folder."""
+    found = {}
+    for path in sorted(context.folder.root.glob("*/done.json")) + sorted(context.folder.root.glob("*/*/done.json")):
+        name = str(path.parent.relative_to(context.folder.root))
+        if not name.startswith("superseded"):
+            found[name] = float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    return found

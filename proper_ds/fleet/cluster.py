@@ -1,0 +1,76 @@
+"""Joining a Ray cluster, or starting one on this machine, and whether it has room for what is asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from proper_ds.errors import ConfigError, Problem
+from proper_ds.fleet.config import FleetConfig
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cluster has in all."""
+
+    num_cpus: int
+    num_gpus: int
+    num_nodes: int
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether stages run on GPUs."""
+        return self.num_gpus > 0
+
+    def num_actors(self, fleet: FleetConfig) -> int:
+        """Actors that fit, or as many as configured. Raises ConfigError where those do not fit."""
+        fitting = self.num_gpus if self.on_gpu else self.num_cpus // fleet.num_cpus_per_actor
+        if fleet.num_actors == "auto":
+            if fitting < 1:
+                self._refuse("fleet.num_cpus_per_actor", f"{fleet.num_cpus_per_actor}, but {self}", "Lower it.")
+            return fitting
+        if fleet.num_actors > fitting:
+            mend = f"Use at most {fitting}, `auto`, or a larger cluster."
+            self._refuse("fleet.num_actors", f"{fleet.num_actors}, but {self}", mend)
+        return fleet.num_actors
+
+    def check_ranks(self, num_ranks: int, num_cpus_per_rank: int) -> None:
+        """Raise ConfigError where so many ranks do not fit."""
+        fitting = self.num_gpus if self.on_gpu else self.num_cpus // num_cpus_per_rank
+        if num_ranks > fitting:
+            mend = f"Use at most {fitting}, or a larger cluster."
+            self._refuse("distributed.num_ranks", f"{num_ranks} ranks, but {self}", mend)
+
+    @staticmethod
+    def _refuse(key: str, wrong: str, mend: str) -> None:
+        raise ConfigError("cluster", [Problem(key, wrong, mend)])
+
+    def __str__(self) -> str:
+        """For messages."""
+        nodes = f"{self.num_nodes} node" + ("s" if self.num_nodes != 1 else "")
+        return f"the cluster has {self.num_cpus} CPUs and {self.num_gpus} GPUs on {nodes}"
+
+
+@contextmanager
+def ray_cluster() -> Iterator[Cluster]:
+    """The cluster of $RAY_ADDRESS (set in a Ray job), or one of this machine that ends with the block."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    ray.init(
+        address="auto" if joined else "local",
+        include_dashboard=None if joined else False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+    )
+    try:
+        has = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        yield Cluster(int(has.get("CPU", 0)), int(has.get("GPU", 0)), len(nodes))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,45 @@
+"""Cuts users into work units; a pure function of the data and the unit size, so every run of the same data agrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive users `first` up to `stop`, trained and committed together, in this order, wherever and whenever.
+
+    Attributes:
+        cost: tokens of one epoch.
+        part: which of a job's parts this unit belongs to, such as the set of adapters it makes.
+    """
+
+    first: int
+    stop: int
+    cost: int
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """The same for the same users; packs and fragments are called so."""
+        return f"unit-{self.first:010d}-{self.stop:010d}"
+
+
+def plan_units(cost_per_user: np.ndarray, num_tokens_per_unit: int, part: str = "") -> list[Unit]:
+    """Units of similar cost, costliest first (so that the last to finish is a small one).
+
+    Args:
+        cost_per_user: tokens of each user; users of cost 0 belong to a unit too, and are passed over there.
+        num_tokens_per_unit: a unit is closed once it holds so many tokens.
+    """
+    units, first, cost = [], 0, 0
+    for user, tokens in enumerate(cost_per_user.tolist()):
+        cost += tokens
+        if cost >= num_tokens_per_unit:
+            units.append(Unit(first, user + 1, cost, part))
+            first, cost = user + 1, 0
+    if first < len(cost_per_user):
+        units.append(Unit(first, len(cost_per_user), cost, part))
+    return sorted((unit for unit in units if unit.cost), key=lambda unit: (-unit.cost, unit.first))

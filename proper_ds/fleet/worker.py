@@ -1,0 +1,45 @@
+"""The actor: a thin shell round a job that knows what a unit is. It is told the job's name, and builds it once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from proper_ds.fleet.plan import Unit
+from proper_ds.observe.log import log_to_file
+from proper_ds.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+
+
+class Job(Protocol):
+    """What an actor runs: made once on its device, then called unit by unit."""
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        """Work through the unit, commit its result, and report numbers."""
+
+
+def resolve(entry: str) -> Any:
+    """The object that `package.module:name` names."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class UnitWorker:
+    """Runs units of one job in one process."""
+
+    def __init__(self, entry: str, config: RunConfig, options: dict[str, Any], who: str) -> None:
+        torch.set_num_threads(config.fleet.num_threads_per_actor)
+        log_to_file(RunFolder(config.output_path).logs, who)
+        self._entry, self._config, self._options = entry, config, options
+        self._job: Job | None = None
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        """The job's report. The job is built with the first unit, so that its errors arrive as a unit's."""
+        if self._job is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self._job = resolve(self._entry)(self._config, device, **self._options)
+        return self._job.run(unit)

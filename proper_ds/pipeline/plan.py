@@ -1,0 +1,176 @@
+"""`proper-ds check`: everything that can be known before training, as lines of text.
+
+Prepares the data where that is not done yet (that is how it is checked), loads no weights, starts no worker.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from proper_ds.data.manifest import Manifest
+from proper_ds.data.prepare import prepare
+from proper_ds.data.prepared import PreparedData
+from proper_ds.data.prompts import PromptEncoder, history_prompt
+from proper_ds.distributed.ds_config import read_ds_file, zero_stage
+from proper_ds.evaluation.methods import needs_of
+from proper_ds.model.base import find_targets, load_tokenizer
+from proper_ds.model.lora import LoraLayout
+from proper_ds.observe.progress import ProgressView
+from proper_ds.pipeline.stages import StageList, prepared_path
+from proper_ds.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+    from proper_ds.model.config import LoraSettings
+
+NUM_SAMPLED_USERS = 300
+STORED_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def plan_lines(config: RunConfig, view: ProgressView) -> list[str]:
+    """The plan of a run.
+
+    Raises:
+        UserError: for anything in data or base that would stop the run later.
+    """
+    stages = StageList(config)
+    folder = RunFolder(config.output_path)
+    manifest = _prepared(config, stages, folder, view)
+    lines = [f"run folder   {config.output_dir}"]
+    for split, counts in manifest.splits.items():
+        lines.append(f"split {split:<7}{counts['num_users']:,} users, {counts['num_queries']:,} questions")
+    cold = f"{manifest.num_cold_users:,} without history"
+    lines.append(f"users        {manifest.num_users:,} ({cold}), {manifest.num_history_items:,} history items")
+    for name, task in manifest.tasks.items():
+        labels = f"{len(task.labels)} labels" if task.labels else "open answers"
+        lines.append(f"task         {name}: {task.lamp_id}, {labels}" + (", GENERATED data" if task.generated else ""))
+    lm = skeleton(config)
+    size = sum(p.numel() for p in lm.parameters())
+    lines.append(f"base         {config.base.model or 'created here'}: {type(lm).__name__}, {size:,} parameters")
+    lines.append(_tokens_line(config, manifest))
+    lines += _adapter_lines(config, lm, manifest)
+    lines += _worker_lines(config)
+    lines.append("stages       " + ", ".join(_state(stage, folder) for stage in stages))
+    return lines
+
+
+def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: ProgressView) -> Manifest:
+    for stage in stages.of("prepare"):
+        place = folder.stage(stage.name)
+        if not place.is_done(stage.fingerprint):
+            place.begin(stage.fingerprint)
+            with view.running():
+                prepare(config.data, place.path, view.report)
+            place.commit(stage.fingerprint, stage.settings, 0.0)
+    return Manifest.read(prepared_path(config))
+
+
+def skeleton(config: RunConfig) -> Any:
+    """The base's modules without weights. Raises AdapterError where its configuration cannot be loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    from proper_ds.errors import AdapterError
+
+    create = config.base.create
+    if create is not None:
+        about = LlamaConfig(
+            vocab_size=create.vocab_size,
+            hidden_size=create.hidden_size,
+            intermediate_size=create.intermediate_size,
+            num_hidden_layers=create.num_hidden_layers,
+            num_attention_heads=create.num_attention_heads,
+            tie_word_embeddings=True,
+        )
+    else:
+        try:
+            about = AutoConfig.from_pretrained(config.base.model, revision=config.base.revision)
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"base.model {config.base.model!r}: {str(error).splitlines()[0][:200]}") from None
+        longest = getattr(about, "max_position_embeddings", None)
+        if longest is not None and config.base.max_length > longest:
+            raise AdapterError(
+                f"base.max_length {config.base.max_length} is longer than the {longest} positions of"
+                f" {config.base.model!r}; lower base.max_length to at most that"
+            )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(about)
+
+
+def _tokens_line(config: RunConfig, manifest: Manifest) -> str:
+    if config.base.create is not None:
+        return "tokens       known once the base's tokenizer is made"
+    assert config.base.model is not None
+    tokenizer = load_tokenizer(config.base.model, config.base.revision)
+    encoder = PromptEncoder(tokenizer, config.base.prompt_suffix, config.base.max_length)
+    for task in manifest.tasks.values():
+        encoder.label_ids(task)
+    num_items = num_tokens = num_cut = 0
+    for user in islice(PreparedData(prepared_path(config)).users(), NUM_SAMPLED_USERS):
+        for item in user.history:
+            found = encoder.encode(history_prompt(manifest.tasks[item.task], item), item.answer)
+            num_items, num_tokens = num_items + 1, num_tokens + len(found.ids)
+            num_cut += found.num_cut > 0
+    total = num_tokens / max(num_items, 1) * manifest.num_history_items
+    cut = f", {num_cut / max(num_items, 1):.1%} of inputs cut to {config.base.max_length}"
+    return f"tokens       about {total:,.0f} in all histories (estimated from {num_items:,} items{cut})"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            return f"{num_bytes:,.1f} {unit}" if unit != "B" else f"{num_bytes:,.0f} B"
+        num_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def _adapter_lines(config: RunConfig, lm: Any, manifest: Manifest) -> list[str]:
+    needs = needs_of(config.evaluation.methods)
+
+    def layout(settings: LoraSettings) -> LoraLayout:
+        return LoraLayout.of(find_targets(lm, settings.target_modules), settings)
+
+    lines = []
+    if needs.population:
+        lines.append(f"population   LoRA of {layout(config.population.lora).num_parameters:,} numbers")
+    if needs.presets:
+        experts = layout(config.group.lora)
+        total = experts.num_parameters * config.group.num_experts
+        lines.append(
+            f"group        {config.group.num_experts} experts, {total:,} numbers, for {', '.join(needs.presets)}"
+        )
+        if "proper-released" in needs.presets:
+            wide = sum(m.in_features for m in experts.modules) * (manifest.num_users + 1)
+            lines.append(f"             proper-released adds user tables of {wide:,} numbers")
+    if needs.adapter_sets:
+        user = layout(config.user.lora)
+        each = user.num_parameters * STORED_BYTES[config.store.dtype]
+        count = manifest.num_users - manifest.num_cold_users
+        upto = "up to " if config.user.users == "needed" else ""
+        lines.append(
+            f"user         LoRA of {user.num_parameters:,} numbers, {_size(each)} each in {config.store.dtype};"
+            f" {upto}{count:,} users x {len(needs.adapter_sets)} sets = {_size(each * count * len(needs.adapter_sets))}"
+        )
+    return lines
+
+
+def _worker_lines(config: RunConfig) -> list[str]:
+    ranks, fleet = config.distributed, config.fleet
+    lines = []
+    if needs_of(config.evaluation.methods).population:
+        stage = zero_stage(read_ds_file(ranks.deepspeed))
+        lines.append(f"ranks        {ranks.num_ranks} x {ranks.num_cpus_per_rank} CPU, ZeRO stage {stage}")
+    here = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
+    actors = f"auto (on this machine alone: {here})" if fleet.num_actors == "auto" else str(fleet.num_actors)
+    lines.append(f"actors       {actors}, units of {fleet.num_tokens_per_unit:,} tokens")
+    return lines
+
+
+def _state(stage: Any, folder: RunFolder) -> str:
+    place = folder.stage(stage.name)
+    if place.is_done(stage.fingerprint):
+        return f"{stage.name} (done)"
+    return f"{stage.name} (again: its inputs changed)" if place.inputs() is not None else stage.name

@@ -1,0 +1,243 @@
+"""Runs what is not done yet: driver work here, ranks and actors through the fleet. The command line calls `run`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from proper_ds.data.prepare import prepare
+from proper_ds.data.prompts import PromptEncoder
+from proper_ds.data.tokens import tokenize
+from proper_ds.errors import UserError
+from proper_ds.fleet.cluster import Cluster, ray_cluster
+from proper_ds.fleet.controller import Controller
+from proper_ds.fleet.gang import run_gang
+from proper_ds.fleet.plan import Unit, plan_units
+from proper_ds.fleet.policy import FailurePolicy
+from proper_ds.fleet.pool import ray_pool
+from proper_ds.observe.log import get_logger
+from proper_ds.observe.metrics import MetricsFile
+from proper_ds.observe.progress import ProgressView, follow_metrics
+from proper_ds.pipeline.record import record_run
+from proper_ds.pipeline.stages import STEPS, Stage, StageList
+from proper_ds.run_folder import RunFolder
+from proper_ds.store.catalog import Catalog
+from proper_ds.training.context import RunContext
+from proper_ds.training.create_base import create_base
+from proper_ds.training.features import is_written
+from proper_ds.training.selection import num_history, users_with_queries
+from proper_ds.training.unit_jobs import users_to_train
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+
+
+class Run:
+    """One run as the driver sees it."""
+
+    def __init__(self, config: RunConfig, view: ProgressView) -> None:
+        self.config, self.view = config, view
+        self.folder = RunFolder(config.output_path)
+        self.context = RunContext(config, torch.device("cpu"))
+        self.stages = StageList(config)
+        self.metrics = MetricsFile(self.folder.metrics)
+        self._stack: ExitStack | None = None
+        self._cluster: Cluster | None = None
+
+    def run(self, steps: Sequence[str] | None = None) -> bool:
+        """Do every stage that is not done, or only those of `steps`; True where the report is up to date then.
+
+        Raises:
+            UserError: where a step is unknown, or lacks the result of one before it.
+        """
+        chosen = _checked_steps(steps)
+        record_run(self.config, self.folder)
+        with ExitStack() as stack:
+            self._stack = stack
+            for step in STEPS:
+                wanted = self.stages.of(step)
+                missing = [stage for stage in wanted if not self._is_done(stage)]
+                if not missing:
+                    if wanted and step in chosen:
+                        get_logger().info("%s: done already", step)
+                    continue
+                if step not in chosen:
+                    later = [other for other in STEPS[STEPS.index(step) + 1 :] if other in chosen]
+                    if later:
+                        raise UserError(f"step {later[0]} needs {step}, which is not done; add {step} to --steps")
+                    continue
+                self._do(step, missing)
+        return all(self._is_done(stage) for stage in self.stages)
+
+    def _is_done(self, stage: Stage) -> bool:
+        return self.folder.stage(stage.name).is_done(stage.fingerprint)
+
+    def cluster(self) -> Cluster:
+        """The Ray cluster; joined or started when the first stage needs it."""
+        if self._cluster is None:
+            assert self._stack is not None
+            self._cluster = self._stack.enter_context(ray_cluster())
+            get_logger().info("Ray: %s", self._cluster)
+        return self._cluster
+
+    def _do(self, step: str, missing: list[Stage]) -> None:
+        for stage in missing:
+            if self.folder.stage(stage.name).begin(stage.fingerprint):
+                get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
+        get_logger().info("%s: begins", ", ".join(stage.name for stage in missing))
+        start_s = time.perf_counter()
+        do: dict[str, Callable[[list[Stage]], None]] = {
+            "prepare": self._prepare,
+            "base": self._base,
+            "tokens": self._tokens,
+            "population": self._ranks,
+            "features": self._features,
+            "group": self._ranks,
+            "user": self._users,
+            "router": self._ranks,
+            "evaluate": self._evaluate,
+            "report": self._report,
+        }
+        with self.view.running():
+            do[step](missing)
+        seconds = time.perf_counter() - start_s
+        if missing[0].where != "ranks":  # ranks commit each of their stages themselves
+            for stage in missing:
+                self.folder.stage(stage.name).commit(stage.fingerprint, stage.settings, seconds / len(missing))
+        self.metrics.log(step, event="done", seconds=seconds)
+        get_logger().info("%s: done in %.1f s", ", ".join(stage.name for stage in missing), seconds)
+
+    def _prepare(self, stages: list[Stage]) -> None:
+        manifest = prepare(self.config.data, self.folder.stage("prepared").path, self.view.report)
+        about = ", ".join(f"{name} {n['num_users']}/{n['num_queries']}" for name, n in manifest.splits.items())
+        get_logger().info(
+            "%d users, %d history items; users/questions by split: %s",
+            manifest.num_users,
+            manifest.num_history_items,
+            about,
+        )
+        for kind, count in manifest.set_aside.items():
+            if count:
+                get_logger().warning("%d set aside as %s; see problems.jsonl", count, kind)
+
+    def _base(self, stages: list[Stage]) -> None:
+        assert self.config.base.create is not None
+        name = stages[0].name
+
+        def on_step(step: int, num_steps: int, loss: float) -> None:
+            self.metrics.log(name, step=step, num_steps=num_steps, loss=loss)
+            self.view.report(name, step, num_steps, f"loss {loss:.4f}")
+
+        out = self.folder.stage(name).path
+        base = self.config.base
+        size = create_base(
+            self.context.prepared, self.config.base.create, out, base.prompt_suffix, self.config.seed, on_step
+        )
+        get_logger().info("base: a Llama of %s parameters", f"{size:,}")
+
+    def _tokens(self, stages: list[Stage]) -> None:
+        base = self.config.base
+        encoder = PromptEncoder(self.context.tokenizer, base.prompt_suffix, base.max_length)
+        tokenize(
+            self.context.prepared,
+            encoder,
+            self.folder.stage("tokens").path,
+            self.config.data.train_split,
+            self.config.evaluation.max_new_tokens,
+            self.view.report,
+        )
+        marker = self.context.tokens.marker
+        get_logger().info("%s examples, %s tokens", f"{marker['num_examples']:,}", f"{marker['num_tokens']:,}")
+        if marker["num_cut"]:
+            get_logger().warning(
+                "%d of %d inputs were cut to base.max_length %d",
+                marker["num_cut"],
+                marker["num_examples"],
+                base.max_length,
+            )
+
+    def _ranks(self, stages: list[Stage]) -> None:
+        options = {"stages": [[stage.name, stage.fingerprint, stage.settings] for stage in stages]}
+        with follow_metrics(self.folder.metrics, self.view):
+            run_gang("proper_ds.training.rank_jobs:run_stages", self.config, options, stages[0].step, self.cluster())
+
+    def _features(self, stages: list[Stage]) -> None:
+        folder = self.folder.stage("features").path
+        units = self._units(np.ones(self.context.tokens.num_users, dtype=bool), empty_too=True)
+        pending = [unit for unit in units if not is_written(folder, unit.first)]
+        self._fleet("proper_ds.training.unit_jobs:FeaturesJob", {}, "features", units, pending)
+
+    def _users(self, stages: list[Stage]) -> None:
+        mask = users_to_train(self.context)
+        if not mask.any():
+            raise UserError(
+                "step user: no user has history to learn from; check the data, or drop the personal methods"
+            )
+        sets = [stage.name.removeprefix("store/") for stage in stages]
+        units = [unit for name in sets for unit in self._units(mask, part=name)]
+        done = {name: Catalog(self.folder.stage(f"store/{name}").path / "catalog").units() for name in sets}
+        pending = [unit for unit in units if unit.name not in done[unit.part]]
+        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending)
+
+    def _evaluate(self, stages: list[Stage]) -> None:
+        mask = users_with_queries(self.context.tokens, self.config.evaluation.split)
+        if not mask.any():
+            splits = ", ".join(self.context.prepared.manifest.splits) or "none"
+            raise UserError(
+                f"step evaluate: split {self.config.evaluation.split!r} has no questions; the data has {splits}"
+                " (evaluation.split)"
+            )
+        folder = self.folder.stage("predictions").path / "units"
+        units = self._units(mask)
+        pending = [unit for unit in units if not (folder / f"{unit.name}.parquet").exists()]
+        options = {"methods": list(self.config.evaluation.methods)}
+        self._fleet("proper_ds.evaluation.predict_job:PredictJob", options, "evaluate", units, pending)
+
+    def _report(self, stages: list[Stage]) -> None:
+        from proper_ds.evaluation.report import write_report
+
+        write_report(self.context)
+
+    def _units(self, mask: np.ndarray, part: str = "", empty_too: bool = False) -> list[Unit]:
+        """Units of the masked users by their tokens; at least one token a user where those without count too."""
+        tokens = self.context.tokens
+        cost = np.bincount(tokens.column("user"), weights=tokens.column("num_tokens"), minlength=tokens.num_users)
+        if empty_too:
+            cost = np.maximum(cost, 1)
+        return plan_units((cost * mask).astype(np.int64), self.config.fleet.num_tokens_per_unit, part)
+
+    def _fleet(self, entry: str, options: dict[str, Any], step: str, units: list[Unit], pending: list[Unit]) -> None:
+        total = sum(unit.stop - unit.first for unit in units)
+        done = total - sum(unit.stop - unit.first for unit in pending)
+        if len(pending) < len(units):
+            get_logger().info("%s: %d of %d units are committed already", step, len(units) - len(pending), len(units))
+
+        def on_done(unit: Unit, report: dict[str, Any]) -> None:
+            nonlocal done
+            done += unit.stop - unit.first
+            self.metrics.log(step, unit=unit.name, part=unit.part, **report)
+            note = f"loss {report['last_loss']:.4f}" if report.get("last_loss") is not None else ""
+            self.view.report(step, done, total, note)
+
+        if pending:
+            with ray_pool(entry, self.config, options, step, self.cluster()) as pool:
+                Controller(pending, pool, FailurePolicy(self.config.fleet.max_retries), on_done).run()
+
+
+def _checked_steps(steps: Sequence[str] | None) -> set[str]:
+    if not steps:
+        return set(STEPS)
+    unknown = [step for step in steps if step not in STEPS]
+    if unknown:
+        raise UserError(f"unknown step {', '.join(unknown)}; legal are {', '.join(STEPS)}")
+    return set(steps)
+
+
+def num_warm_users(context: RunContext) -> int:
+    """Users with history."""
+    return int((num_history(context.tokens) > 0).sum())

@@ -1,0 +1,86 @@
+"""Stage 1, population: one LoRA over everybody's data, written as a PEFT directory (PROPER, section 3.2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from proper_ds.data.batches import Step
+from proper_ds.files import seed_of
+from proper_ds.model.adapted import PersonalModel
+from proper_ds.model.adapter_file import peft_config, save_peft
+from proper_ds.model.base import find_targets
+from proper_ds.model.lora import LoraLayout, SharedLora
+from proper_ds.training.config import PopulationConfig
+from proper_ds.training.context import RunContext
+from proper_ds.training.rank_batch import RankBatch, dropout_keys, numbers_of, rank_batch
+from proper_ds.training.rank_stage import RankStage
+from proper_ds.training.selection import training_examples, training_users
+
+Tensor = torch.Tensor
+
+
+class PopulationModule(nn.Module):
+    """The base with one trained LoRA; forward gives the mean loss per target token of the whole step."""
+
+    def __init__(self, model: PersonalModel, layout: LoraLayout, dropout: float, seed: int) -> None:
+        super().__init__()
+        self.loras = nn.ModuleList(
+            SharedLora(shape.in_features, shape.out_features, layout.r, layout.scaling, seed_of(seed, shape.name))
+            for shape in layout.modules
+        )
+        self.model = model
+        by_module = {shape.name: lora for shape, lora in zip(layout.modules, self.loras, strict=True)}
+        model.attach_shared(by_module, dropout)  # type: ignore[arg-type]
+
+    def forward(self, inputs: RankBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, numbers to log)."""
+        self.model.set_rows(inputs.rows)
+        batch = inputs.batch
+        losses_K = self.model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
+        ce = losses_K.sum() * inputs.weight
+        return ce / inputs.num_targets, numbers_of(ce=ce, tokens=batch.length_R.sum() * inputs.weight)
+
+
+class PopulationStage(RankStage):
+    """See the module's docstring."""
+
+    name = section = "population"
+
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        lm = context.load_lm(with_population=False)
+        lora = self.settings.lora
+        targets = find_targets(lm, lora.target_modules)
+        self._layout = LoraLayout.of(targets, lora)
+        self._seed = seed_of(context.config.seed, "population")
+        self.module = PopulationModule(PersonalModel(lm, targets), self._layout, lora.lora_dropout, self._seed)
+
+    @property
+    def settings(self) -> PopulationConfig:
+        """See RankStage."""
+        return self.context.config.population
+
+    def indices(self) -> np.ndarray:
+        """See RankStage."""
+        tokens, split = self.context.tokens, self.context.config.data.train_split
+        return training_examples(tokens, self.settings.train_on, training_users(tokens, split), split, self.section)
+
+    def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
+        """See RankStage."""
+        made = rank_batch(self.context.tokens, indices, step, self.context.device)
+        if self.settings.lora.lora_dropout:
+            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+        return made
+
+    def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """See RankStage."""
+        parts = []
+        for number in range(len(self._layout.modules)):
+            parts += [weights[f"loras.{number}.lora_A"].flatten(), weights[f"loras.{number}.lora_B"].flatten()]
+        lora, base = self.settings.lora, self.context.config.base
+        about = peft_config(self._layout, lora.target_modules, lora.lora_dropout, self.context.base_name, base.revision)
+        save_peft(folder / "adapter", torch.cat(parts), self._layout, about)

@@ -1,0 +1,70 @@
+"""What a rank's forward pass gets: a batch, what its loss is divided by, and what the adapted modules must know.
+
+Built by the rank stages; shapes as in `data/batches.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from proper_ds.data.batches import Batch, Step, collate
+from proper_ds.data.tokens import Example, TokenData
+from proper_ds.files import seed_of
+from proper_ds.model.routing import Rows
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class RankBatch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        weight: 0 for the stand-in row of a rank that got no example of a short batch, else 1.
+        num_targets, num_rows: of the whole step over all ranks and micro-batches: what losses are divided by.
+        num_parts: micro-batches of the whole step.
+        features_RF, known_R: for the user encoder.
+    """
+
+    batch: Batch
+    weight: float
+    num_targets: int
+    num_rows: int
+    num_parts: int
+    rows: Rows = field(default_factory=Rows)
+    features_RF: Tensor | None = None
+    known_R: Tensor | None = None
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """The rows' examples."""
+        return self.batch.examples
+
+
+def rank_batch(tokens: TokenData, indices: np.ndarray, step: Step, device: torch.device) -> RankBatch:
+    """The micro-batch of the examples at `indices`; a rank without any gets a row that weighs nothing."""
+    examples = tokens.examples(indices) if len(indices) else tokens.examples([0])
+    num_parts = sum(len(parts) for parts in step.micro)
+    weight = 1.0 if len(indices) else 0.0
+    return RankBatch(collate(examples, device), weight, step.num_targets, step.num_rows, num_parts)
+
+
+def example_seed(seed: int, purpose: str, number: int, example: Example) -> int:
+    """A seed for this example in this step, the same on whatever rank it lands."""
+    return seed_of(seed, purpose, number, example.user, example.kind, example.position)
+
+
+def dropout_keys(seed: int, number: int, examples: Sequence[Example], device: torch.device) -> Tensor:
+    """Row keys for dropout in optimizer step `number`."""
+    keys = [example_seed(seed, "dropout", number, example) for example in examples]
+    return torch.tensor(keys, dtype=torch.int64, device=device)
+
+
+def numbers_of(**values: Any) -> dict[str, Tensor]:
+    """Scalars to log, detached."""
+    return {name: value.detach().float() for name, value in values.items()}

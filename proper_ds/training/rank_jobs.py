@@ -1,0 +1,35 @@
+"""What the ranks of a gang run: the named stages, one after another in the same processes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from proper_ds.distributed.ranks import Ranks
+from proper_ds.training.context import RunContext
+from proper_ds.training.group import GroupStage
+from proper_ds.training.population import PopulationStage
+from proper_ds.training.rank_stage import RankStage, run_rank_stage
+from proper_ds.training.router import RouterStage
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+
+
+def make_stage(name: str, context: RunContext) -> RankStage:
+    """The stage called `population`, `group/<preset>` or `router/<preset>`."""
+    kind, _, preset = name.partition("/")
+    if kind == "population":
+        return PopulationStage(context)
+    return GroupStage(context, preset) if kind == "group" else RouterStage(context, preset)
+
+
+def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:
+    """Run each [name, fingerprint, settings] and commit it; a collective."""
+    context = RunContext(config, ranks.device)
+    for name, fingerprint, settings in stages:
+        start_s = time.perf_counter()
+        run_rank_stage(make_stage(name, context), ranks, fingerprint)
+        if ranks.is_first:
+            context.folder.stage(name).commit(fingerprint, settings, time.perf_counter() - start_s)
+        ranks.barrier()

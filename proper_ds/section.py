@@ -56,16 +56,16 @@ def problems_of(model: type[BaseModel], error: ValidationError) -> list[tuple[tu
     found: dict[tuple[str, ...], Problem] = {}
     for item in error.errors():
         loc = _real_location(model, tuple(str(part) for part in item["loc"]))
-        if loc in found:
-            continue
         kind, given = item["type"], item["input"]
         if kind == "extra_forbidden":
             found[loc] = _unknown_key(model, loc, given)
         elif kind == "missing":
             found[loc] = Problem(".".join(loc), "not set", f"Give it in the YAML or as `{'.'.join(loc)}=VALUE`.")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            found[loc] = Problem(".".join(loc), f"{given!r} is not legal", message.rstrip(".") + ".")
+            message = item["msg"].removeprefix("Value error, ").rstrip(".")
+            if loc in found:  # a choice of types complains once for each of them
+                message = f"{found[loc].mend.rstrip('.')}; or: {message}"
+            found[loc] = Problem(".".join(loc), f"{given!r} is not legal", f"{message}.")
     return list(found.items())
 
 

@@ -9,7 +9,15 @@ from pydantic import Field, field_validator
 from proper_ds.section import Section
 
 MethodName = Literal[
-    "base", "population", "group", "group-released", "OPPU", "proper", "proper-released", "proper-user-gates"
+    "base",
+    "population",
+    "group",
+    "group-released",
+    "OPPU",
+    "proper",
+    "proper-released",
+    "proper-user-gates",
+    "proper-released-user-gates",
 ]
 DEFAULT_METHODS: list[MethodName] = ["base", "population", "group", "OPPU", "proper", "proper-released"]
 

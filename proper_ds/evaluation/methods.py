@@ -57,6 +57,14 @@ METHODS = {
             "the same with the released mathematics",
         ),
         Method("proper-user-gates", True, "proper", True, "user", "proper before stage 3.2: user-aware gates"),
+        Method(
+            "proper-released-user-gates",
+            True,
+            "proper-released",
+            True,
+            "user",
+            "proper-released before stage 3.2: user-aware gates",
+        ),
     )
 }
 

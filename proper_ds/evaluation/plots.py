@@ -20,6 +20,7 @@ COLOURS = {
     "proper": "#d55e00",
     "proper-released": "#cc79a7",
     "proper-user-gates": "#009e73",
+    "proper-released-user-gates": "#7a4f9a",
 }
 
 

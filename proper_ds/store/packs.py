@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from proper_ds.errors import StoreError
@@ -35,9 +37,19 @@ def write_pack(path: Path, rows_NP: Tensor, layout: LoraLayout) -> list[int]:
     return [checksum(row_P) for row_P in rows_NP]
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The pack's safetensors file; whatever is wrong with it becomes a StoreError."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError, IndexError) as error:
+        raise StoreError(f"pack {path} cannot be read ({error}); restore the file or train again") from None
+
+
 def read_layout(path: Path) -> LoraLayout:
-    """The layout of a pack's adapters."""
-    with safe_open(path, "pt") as file:
+    """The layout of a pack's adapters. Raises StoreError as `read_rows` does."""
+    with _opened(path) as file:
         return LoraLayout.from_json(json.loads(file.metadata()["layout"]))
 
 
@@ -47,16 +59,9 @@ def read_rows(path: Path, numbers: Sequence[int], checksums: Sequence[int]) -> l
     Raises:
         StoreError: where the pack is missing, cut short or does not hold what the catalog says.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            held = file.get_slice("adapters")
-            rows = [held[number : number + 1][0] for number in numbers]
-    except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise StoreError(f"pack {path} cannot be read ({error})") from None
-    except Exception as error:  # safetensors raises a class of its own that is not exported everywhere
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise StoreError(f"pack {path} cannot be read ({error})") from None
+    with _opened(path) as file:
+        held = file.get_slice("adapters")
+        rows = [held[number : number + 1][0] for number in numbers]
     for number, row_P, wanted in zip(numbers, rows, checksums, strict=True):
         if checksum(row_P) != wanted:
             raise StoreError(f"pack {path}, row {number}: the checksum does not match; restore the file or train again")

@@ -1,0 +1,177 @@
+"""Text to tokens to batches: answers are never cut, evaluation prompts know no gold, orders are functions of seeds."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proper_ds.data.batches import StepPlan, collate, length_batches
+from proper_ds.data.config import DataConfig
+from proper_ds.data.prepare import prepare
+from proper_ds.data.prepared import PreparedData
+from proper_ds.data.prompts import PromptEncoder
+from proper_ds.data.tokens import HISTORY, QUERY, TokenData, tokenize
+from proper_ds.errors import DataError
+from proper_ds.model.config import CreateBase
+from proper_ds.training.create_base import train_tokenizer
+from tests.fakes import random_examples, write_json
+
+SUFFIX = "\n### Output:"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = ["What is the score of the review? review: good film, bad film" + SUFFIX + f" {n}" for n in range(1, 6)] * 20
+    return train_tokenizer(texts, CreateBase(vocab_size=300))
+
+
+def test_prompt_suffix_and_answer_stand_whole_when_the_input_is_cut(tokenizer):
+    encoder = PromptEncoder(tokenizer, SUFFIX, max_length=60)
+    short, long = encoder.encode("good film", "4"), encoder.encode("good film " * 80, "4")
+    assert short.num_cut == 0
+    assert long.num_cut > 0
+    assert len(long.ids) == 60
+    assert tokenizer.decode(long.ids[long.num_prompt :]) == " 4</s>"
+    assert tokenizer.decode(long.ids[: long.num_prompt]).endswith(SUFFIX)
+    assert tokenizer.decode(long.ids[: long.num_prompt]).startswith("<s>good film"), "the head is kept"
+    assert encoder.decode(long.ids[long.num_prompt :]) == "4"
+
+
+def test_an_answer_that_does_not_fit_is_refused(tokenizer):
+    with pytest.raises(DataError, match="answers are never cut: raise base.max_length"):
+        PromptEncoder(tokenizer, SUFFIX, max_length=40).encode("x", "good film " * 40)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=200), st.text(min_size=1, max_size=20), st.integers(120, 200))
+def test_any_text_fits_and_keeps_its_answer(tokenizer, text, answer, max_length):
+    encoder = PromptEncoder(tokenizer, SUFFIX, max_length)
+    found = encoder.encode(text, answer)
+    assert len(found.ids) <= max_length
+    assert found.ids[found.num_prompt :] == encoder.answer_ids(answer)
+    assert found.ids[-1] == encoder.eos
+
+
+def test_labels_that_look_alike_to_the_tokenizer_are_refused(tokenizer):
+    from proper_ds.data.manifest import TaskManifest
+    from proper_ds.data.tasks import TASKS
+
+    class Deaf:
+        eos_token_id = 2
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [3 for _ in text.replace("[", "").replace("]", "")]}
+
+    raw = TaskManifest.of(TASKS["LaMP_1"], "", False)
+    with pytest.raises(DataError, match=r"'\[1\]' and '\[2\]' alike"):
+        PromptEncoder(Deaf(), SUFFIX, 50).label_ids(raw)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    def question(n, split):
+        profile = [{"id": f"h{n}{k}", "text": f"film {n} {k}", "score": str(1 + k % 5)} for k in range(n)]
+        return {"id": f"{split}{n}", "user_id": f"u{n}", "input": f"scale 1 to 5? review: new {n}", "profile": profile}
+
+    for split, users in (("train", (1, 2, 3)), ("dev", (4, 0))):
+        write_json(tmp_path / "in" / f"{split}_questions.json", [question(n, split) for n in users])
+        golds = [{"id": f"{split}{n}", "output": "3"} for n in users]
+        write_json(tmp_path / "in" / f"{split}_outputs.json", {"task": "LaMP_3", "golds": golds})
+    prepare(DataConfig(path=str(tmp_path / "in")), tmp_path / "prepared")
+    return PreparedData(tmp_path / "prepared")
+
+
+def test_tokenised_data_holds_every_example_in_user_order(prepared, tokenizer, tmp_path):
+    encoder = PromptEncoder(tokenizer, SUFFIX, 128)
+    tokenize(prepared, encoder, tmp_path / "tokens", "train", None)
+    data = TokenData(tmp_path / "tokens")
+    assert data.num_users == 5
+    kinds, users = data.column("kind"), data.column("user")
+    for index, user in enumerate(prepared.users()):
+        start, stop = data.range_of(index)
+        assert (users[start:stop] == index).all()
+        examples = data.examples_of(start, stop)
+        history = [e for e in examples if e.kind == HISTORY]
+        assert [tokenizer.decode(e.ids[e.num_prompt :]).strip() for e in history] == [f"{h.answer}</s>" for h in user.history]
+        for e in (e for e in examples if e.kind == QUERY):
+            split = user.queries[e.position].split
+            assert (e.num_targets > 0) == (split == "train"), "only training questions carry their gold"
+    assert data.marker["num_examples"] == len(kinds) == 10 + 5
+    assert [len(label) for label in data.labels("LaMP_3")] == [2] * 5 or data.labels("LaMP_3")
+    assert json.loads((tmp_path / "tokens" / "tokens.json").read_text())["tasks"] == ["LaMP_3"]
+
+
+def test_batches_point_at_the_answers():
+    examples = random_examples(7, 1, seed=2)
+    batch = collate(examples)
+    for row, e in enumerate(examples):
+        mine = batch.row_K == row
+        assert batch.target_K[mine].tolist() == e.ids[e.num_prompt :].tolist()
+        assert batch.position_K[mine].tolist() == list(range(e.num_prompt - 1, len(e.ids) - 1))
+        assert batch.ids_RT[row, : len(e.ids)].tolist() == e.ids.tolist()
+    assert batch.mask_RT.sum() == sum(len(e.ids) for e in examples)
+    assert batch.ids_RT.dtype == torch.int64
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300))
+def test_length_batches_hold_everyone_once_within_the_budget(lengths, budget):
+    batches = length_batches(lengths, budget)
+    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+    for b in batches:
+        assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget
+
+
+PLANS = st.tuples(st.integers(1, 80), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+
+
+def plan_of(count, num_ranks, per_rank, accumulation, epochs, seed=5):
+    lengths = np.random.default_rng(count).integers(5, 50, count)
+    return StepPlan(
+        np.arange(count) + 1000,
+        lengths,
+        lengths // 4 + 1,
+        num_ranks=num_ranks,
+        per_rank=per_rank,
+        accumulation=accumulation,
+        num_epochs=epochs,
+        max_steps=None,
+        seed=seed,
+    )
+
+
+@settings(max_examples=60)
+@given(PLANS)
+def test_every_epoch_shows_every_example_once(shape):
+    plan = plan_of(*shape)
+    steps = list(plan.steps())
+    assert len(steps) == plan.num_steps
+    per_epoch = plan.steps_per_epoch
+    for epoch in range(shape[4]):
+        part = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
+        seen = [i for step in part for parts in step.micro for indices in parts for i in indices.tolist()]
+        assert sorted(seen) == list(range(1000, 1000 + shape[0]))
+    assert all(len(indices) <= shape[2] for step in steps for parts in step.micro for indices in parts)
+
+
+@settings(max_examples=40)
+@given(PLANS, st.integers(0, 50))
+def test_a_plan_goes_on_where_it_was(shape, first):
+    plan = plan_of(*shape)
+    rest = list(plan.steps(first))
+    for a, b in zip(list(plan.steps())[first:], rest, strict=True):
+        assert all((x == y).all() for p, q in zip(a.micro, b.micro, strict=True) for x, y in zip(p, q, strict=True))
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 80), st.integers(1, 6))
+def test_the_global_batches_do_not_depend_on_the_ranks(count, total):
+    wide, narrow = plan_of(count, total, 2, 1, 2), plan_of(count, 1, 2, total, 2)
+    for a, b in zip(wide.steps(), narrow.steps(), strict=True):
+        flat = [sorted(i for parts in step.micro for x in parts for i in x.tolist()) for step in (a, b)]
+        assert flat[0] == flat[1]
+        assert a.num_targets == b.num_targets

@@ -1,0 +1,151 @@
+"""Ranks under DeepSpeed equal one plain process, at every ZeRO stage, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from proper_ds.data.batches import collate
+from proper_ds.distributed.ds_config import resolve_ds
+from proper_ds.distributed.engine import RankEngine
+from proper_ds.distributed.ranks import current_ranks
+from proper_ds.model.adapted import PersonalModel
+from proper_ds.model.base import find_targets
+from proper_ds.model.config import LoraSettings
+from proper_ds.model.groups import GroupLevel
+from proper_ds.model.lora import LoraLayout
+from proper_ds.model.presets import PRESETS
+from proper_ds.model.routing import Rows
+from proper_ds.training.config import GroupConfig
+from proper_ds.training.group import GroupModule
+from proper_ds.training.population import PopulationModule
+from proper_ds.training.rank_batch import RankBatch
+from proper_ds.training.rank_stage import load_trained
+from tests.distributed.gang import run_ranks
+from tests.fakes import random_examples, tiny_llama
+
+NUM_STEPS, NUM_PARTS, PER_PART = 6, 4, 2
+SETTINGS = GroupConfig(learning_rate=5e-3, max_grad_norm=0.5, weight_decay=0.1, per_device_train_batch_size=PER_PART)
+FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
+
+
+def make_module(kind):
+    lm = tiny_llama()
+    targets = find_targets(lm, FEED_FORWARD)
+    layout = LoraLayout.of(targets, LoraSettings(r=2, target_modules=FEED_FORWARD))
+    model = PersonalModel(lm, targets)
+    if kind == "population":
+        return PopulationModule(model, layout, 0.0, seed=3)
+    sizes = {"feature_size": 7, "user_vector_size": 5} if kind == "proper" else {"num_users": 5}
+    return GroupModule(model, GroupLevel(layout, PRESETS[kind], 3, 1, **sizes), 0.0, 0.05, 0.05)
+
+
+def make_batch(step, part):
+    """Part `part` of step `step`; the last part of every third step has no example, as at an epoch's end."""
+    parts = [random_examples(PER_PART, 100 * step + p, seed=8) for p in range(NUM_PARTS)]
+    if step % 3 == 2:
+        parts[-1] = []
+    num_rows = sum(len(p) for p in parts)
+    num_targets = sum(e.num_targets for p in parts for e in p)
+    weight = 1.0 if parts[part] else 0.0
+    batch = collate(parts[part] or parts[0][:1])
+    generator = torch.Generator().manual_seed(step * 10 + part)
+    features = torch.randn(len(batch.examples), 7, generator=generator)
+    known = torch.arange(len(batch.examples)) % 2 == 0
+    rows = Rows(table_R=torch.arange(len(batch.examples)) + part)
+    return RankBatch(batch, weight, num_targets, num_rows, NUM_PARTS, rows, features, known)
+
+
+def train_plain(kind):
+    """One process, torch's AdamW and clipping: (cross-entropy by step, weights)."""
+    module = make_module(kind)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay)
+    losses = []
+    for step in range(NUM_STEPS):
+        ce = 0.0
+        for part in range(NUM_PARTS):
+            loss, numbers = module(make_batch(step, part))
+            loss.backward()
+            ce += float(numbers["ce"])
+        torch.nn.utils.clip_grad_norm_(trained, SETTINGS.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(ce)
+    return losses, {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def train_ranks(kind, zero, start, stop, state):
+    """On the running ranks: steps `start` to `stop` from `state`; (cross-entropy by step, state afterwards)."""
+    ranks = current_ranks(1)
+    accumulation = NUM_PARTS // ranks.num_ranks
+    settings = SETTINGS.model_copy(update={"gradient_accumulation_steps": accumulation})
+    raw = {"zero_optimization": {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})}
+    ds_config, problems = resolve_ds(raw, "group", settings, ranks.num_ranks, bf16=False)
+    assert not problems
+    module = make_module(kind)
+    if state is not None:
+        load_trained(module, state)
+    engine = RankEngine(module, ds_config, ranks)
+    losses = []
+    for step in range(start, stop):
+        batches = [make_batch(step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
+        if step == start and state is not None:
+            engine.restore(state, start, batches[0])
+        numbers = engine.step(batches, SETTINGS.learning_rate)
+        losses.append(ranks.sum([numbers["ce"]])[0])
+    found = engine.state()
+    engine.close()
+    return losses, found
+
+
+def all_stages(kind, stages):
+    """Each ZeRO stage from scratch, then one checkpoint of each opened by the next stage."""
+    whole = {zero: train_ranks(kind, zero, 0, NUM_STEPS, None) for zero in stages}
+    resumed = {}
+    half = NUM_STEPS // 2
+    for zero, following in zip(stages, [*stages[1:], stages[0]], strict=True):
+        first, state = train_ranks(kind, zero, 0, half, None)
+        second, last = train_ranks(kind, following, half, NUM_STEPS, state)
+        resumed[zero, following] = (first + second, last)
+    return whole, resumed
+
+
+def compare(found, wanted_losses, wanted_weights, tolerance=1e-5):
+    losses, state = found
+    assert losses == pytest.approx(wanted_losses, abs=1e-4)
+    for name, weight in wanted_weights.items():
+        held = state[f"weight/{name}"]
+        assert held.numel() == weight.numel() > 0
+        assert (held - weight).abs().max() < tolerance, name
+        assert state[f"exp_avg/{name}"].shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "stages"),
+    [("population", 2, [0, 1, 2, 3]), ("proper", 2, [0, 2, 3]), ("proper-released", 2, [2, 3]), ("proper", 1, [1, 3])],
+)
+def test_ranks_equal_one_process_and_resume_across_zero_stages(kind, num_ranks, stages):
+    losses, weights = train_plain(kind)
+    assert losses[-1] != pytest.approx(losses[0], rel=1e-2), "the test must train something"
+    results = run_ranks(all_stages, num_ranks, kind, stages)
+    for whole, resumed in results:
+        for zero in stages:
+            compare(whole[zero], losses, weights)
+        for found in resumed.values():
+            compare(found, losses, weights)
+
+
+def resume_only(kind, state):
+    return train_ranks(kind, 2, NUM_STEPS // 2, NUM_STEPS, state)
+
+
+def first_half(kind):
+    return train_ranks(kind, 3, 0, NUM_STEPS // 2, None)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one():
+    losses, weights = train_plain("proper")
+    (first, state), _ = run_ranks(first_half, 2, "proper")
+    ((second, last),) = run_ranks(resume_only, 1, "proper", state)
+    compare((first + second, last), losses, weights)

@@ -1,0 +1,181 @@
+"""Configuration: every mistake is reported, all at once, with the key and the mend; every shipped file is legal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from proper_ds.config import RunConfig, load_config, parse_yaml
+from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
+from proper_ds.errors import ConfigError
+from proper_ds.section import Section
+from proper_ds.training.config import GroupConfig
+from tests.conftest import REPO
+
+GOOD = {"output_dir": "runs/x", "data": {"path": "data/x"}, "base": {"model": "org/base"}}
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROPER_DS_ROOT", str(REPO))
+
+    def do(raw=GOOD, *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw), encoding="utf-8")
+        return load_config(path, overrides)
+
+    return do
+
+
+def problems(load, *overrides, raw=GOOD):
+    with pytest.raises(ConfigError) as caught:
+        load(raw, *overrides)
+    return {problem.key: str(problem) for problem in caught.value.problems}
+
+
+def test_the_smallest_run_is_legal(load):
+    config = load()
+    assert config.data.path == [str(REPO / "data/x")]
+    assert config.output_dir == str(REPO / "runs/x")
+    assert config.base.model == "org/base", "a hub name is no path"
+
+
+BAD = [
+    ("population.learning_rte=1e-3", "population.learning_rte", "unknown key.*Did you mean `learning_rate`"),
+    ("populaton.learning_rate=1", "populaton", "Did you mean `population`"),
+    ("seed=minus", "seed", "'minus' is not legal.*integer"),
+    ("seed=-1", "seed", "greater than or equal to 0"),
+    ("population.learning_rate=0", "population.learning_rate", "greater than 0"),
+    ("population.train_on=[]", "population.train_on", "give `history`, `queries` or both"),
+    ("population.train_on=[histories]", "population.train_on", "'history'"),
+    ("user.lora.target_modules=[]", "user.lora.target_modules", "at least one module name"),
+    ("user.lora.lora_dropout=1", "user.lora.lora_dropout", "less than 1"),
+    ("user.lora.rank=4", "user.lora.rank", "unknown key.*Legal keys here: .*lora_alpha"),
+    ("user.users=some", "user.users", "'all' or 'needed'"),
+    ("group.num_experts=1", "group.num_experts", "greater than or equal to 2"),
+    ("evaluation.methods=[proper,magic]", "evaluation.methods", "magic"),
+    ("evaluation.methods=[proper,proper]", "evaluation.methods", "each once"),
+    ("fleet.num_actors=many", "fleet.num_actors", "auto"),
+    ("store.dtype=int4", "store.dtype", "'float32' or 'bfloat16'"),
+    ("data.path=null", "data.path", "not legal"),
+    ("data.path=[]", "data.path", "not set.*data.path=FOLDER"),
+    ("data.prepared=x", "data.prepared", "Keep one of the two"),
+    ("base.model=null", "base.model", "not set.*base.create"),
+    ("base.create={}", "base.model", "together with base.create"),
+    ("user.num_tokens_per_batch=100", "user.num_tokens_per_batch", "cannot hold one example"),
+    ("user.lora.target_modules=[q_proj]", "user.lora.target_modules", "lacks down_proj, gate_proj, up_proj"),
+    ("evaluation.split=train", "evaluation.split", "also data.train_split"),
+    ("distributed.deepspeed=none.json", "distributed.deepspeed", "No such file.*ds_configs/zero2.json"),
+    ("output_dir=", "output_dir", "not legal"),
+    ("seed", "seed", "is no override"),
+    ("seed.deeper=1", "seed", "not legal"),
+    ("data.path=[", "data.path", "is not YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "message"), BAD, ids=[b[0] for b in BAD])
+def test_each_mistake_names_its_key_and_its_mend(load, override, key, message):
+    import re
+
+    found = problems(load, override)
+    assert key in found, found
+    assert re.search(message, found[key]), found[key]
+
+
+def test_options_without_effect_are_mistakes(load):
+    found = problems(load, "user.lr_scheduler_type=constant", "user.warmup_ratio=0.1")
+    assert "no effect" in found["user.warmup_ratio"]
+    raw = GOOD | {"data": {"prepared": "p", "task": "LaMP_3"}}
+    assert "no effect on prepared data" in problems(load, raw=raw)["data.task"]
+    found = problems(load, "evaluation.closed_labels=generate", "evaluation.ordinal=median")
+    assert "no effect on generated answers" in found["evaluation.ordinal"]
+
+
+def test_all_mistakes_come_at_once(load):
+    found = problems(load, "sede=1", "population.learning_rate=-1", "user.num_tokens_per_batch=20", "evaluation.split=train")
+    assert set(found) == {"sede", "population.learning_rate", "user.num_tokens_per_batch", "evaluation.split"}
+
+
+def test_overrides_beat_the_file_and_keep_its_other_keys(load):
+    raw = GOOD | {"user": {"learning_rate": 1e-3, "num_slots": 8}}
+    config = load(raw, "user.learning_rate=5e-4", "evaluation.methods=[base, OPPU]", "data.max_users_per_split=3")
+    assert (config.user.learning_rate, config.user.num_slots) == (5e-4, 8)
+    assert config.evaluation.methods == ["base", "OPPU"]
+    assert config.data.max_users_per_split == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("output_dir: a\noutput_dir: b", "given twice"), ("a: [", "expected"), ("- 1", "no mapping")]
+)
+def test_broken_yaml(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(text)
+
+
+def test_learning_rates_may_be_written_as_people_write_them():
+    assert parse_yaml("a: 1e-3\nb: 3.0e-4\nc: 12\nd: 1.5") == {"a": 1e-3, "b": 3e-4, "c": 12, "d": 1.5}
+
+
+def test_a_written_configuration_loads_again(load, tmp_path):
+    config = load(GOOD, "base.model=null", "base.create={}")
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    assert load_config(path) == config
+
+
+def test_every_shipped_run_is_legal(monkeypatch):
+    monkeypatch.setenv("PROPER_DS_ROOT", str(REPO))
+    files = sorted((REPO / "cluster" / "runs").rglob("*.yaml"))
+    assert len(files) >= 3
+    for path in files:
+        raw = parse_yaml(path.read_text())
+        given = [] if raw.get("data", {}).get("path") else ["data.path=somewhere"]
+        given += [] if raw.get("base", {}).get("create") else ["base.model=org/base"]
+        load_config(path, given)
+
+
+def test_every_shipped_deepspeed_file_resolves():
+    files = sorted((REPO / "ds_configs").rglob("*.json"))
+    assert len(files) >= 4
+    for path in files:
+        resolved, found = resolve_ds(read_ds_file(str(path)), "group", GroupConfig(), 4, bf16=True)
+        assert not found, (path, found)
+        assert "auto" not in json.dumps(resolved)
+        assert resolved["train_batch_size"] == 32
+
+
+def test_contradictions_with_the_deepspeed_file_are_mistakes(load, tmp_path):
+    raw = {"gradient_clipping": 0.3, "scheduler": {}, "optimizer": {"type": "Lion", "params": {"lr": "auto"}}}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(raw))
+    found = problems(load, f"distributed.deepspeed={path}")
+    assert "section `population` makes it 1.0" in found["distributed.deepspeed:gradient_clipping"]
+    assert "lr_scheduler_type" in found["distributed.deepspeed:scheduler"]
+    assert "'Lion' is not supported" in found["distributed.deepspeed:optimizer.type"]
+
+
+def _sections(model: type[BaseModel]):
+    yield model
+    for field in model.model_fields.values():
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _sections(part)
+
+
+def test_all_sections_refuse_unknown_keys_and_are_frozen():
+    found = set(_sections(RunConfig))
+    assert len(found) >= 12
+    assert all(issubclass(section, Section) for section in found)
+    assert all(s.model_config["extra"] == "forbid" and s.model_config["frozen"] for s in found)
+
+
+def test_constraints_name_one_version_each_and_agree_with_pyproject():
+    lines = (REPO / "cluster" / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==")[0].lower() for line in lines if line and not line.startswith("#")]
+    assert len(pins) == len(set(pins))
+    assert "torch==2.13.0" in lines
+    assert Path(REPO / "LICENSE").read_text().lstrip().startswith("Apache License")

@@ -96,7 +96,9 @@ def test_options_without_effect_are_mistakes(load):
 
 
 def test_all_mistakes_come_at_once(load):
-    found = problems(load, "sede=1", "population.learning_rate=-1", "user.num_tokens_per_batch=20", "evaluation.split=train")
+    found = problems(
+        load, "sede=1", "population.learning_rate=-1", "user.num_tokens_per_batch=20", "evaluation.split=train"
+    )
     assert set(found) == {"sede", "population.learning_rate", "user.num_tokens_per_batch", "evaluation.split"}
 
 

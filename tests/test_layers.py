@@ -64,7 +64,11 @@ def test_packages_import_only_what_lies_below_them():
             if not name.startswith("proper_ds.") or name in PURE_CONFIG:
                 continue
             package = name.split(".")[1]
-            fine = package in ROOT or package in allowed - {"training"} or (package == "training" and parts[0] != "distributed" and "training" in allowed)
+            fine = (
+                package in ROOT
+                or package in allowed - {"training"}
+                or (package == "training" and parts[0] != "distributed" and "training" in allowed)
+            )
             assert fine, f"{path.relative_to(REPO)} imports {name}"
             checked += 1
     assert checked > 50
@@ -87,7 +91,11 @@ def test_pure_configuration_needs_pydantic_alone():
     for path, tree in modules():
         if path.name == "config.py" and path.parent != PACKAGE:
             for name in imports_of(tree):
-                assert name.split(".")[0] in {"__future__", "typing", "pydantic"} or name == "proper_ds.section" or name in PURE_CONFIG
+                assert (
+                    name.split(".")[0] in {"__future__", "typing", "pydantic"}
+                    or name == "proper_ds.section"
+                    or name in PURE_CONFIG
+                )
 
 
 def test_files_are_short_and_say_what_they_are():

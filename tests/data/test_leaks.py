@@ -25,7 +25,11 @@ def run(path, out, **config):
 
 def test_same_input_text_is_refused_or_set_aside(lamp_folder, tmp_path):
     own = [{"id": "a", "text": "A  fine film", "score": "4"}]
-    questions = [lamp3("1", "u", "a fine FILM", own), lamp3("2", "u", "another film", own), lamp3("3", "v", "A fine film", [])]
+    questions = [
+        lamp3("1", "u", "a fine FILM", own),
+        lamp3("2", "u", "another film", own),
+        lamp3("3", "v", "A fine film", []),
+    ]
     golds = [{"id": n, "output": "4"} for n in "123"]
     folder = lamp_folder(questions, golds, task="LaMP_3")
     with pytest.raises(DataError, match=r"1 question whose answer stands in the same user's history[\s\S]*\(id 1\)"):
@@ -48,7 +52,10 @@ def test_same_rating_is_no_leak_but_same_text_answer_is(lamp_folder, tmp_path):
 
 @pytest.mark.parametrize(("candidate", "leaks"), [("An Own Title", True), ("A Stranger's Title", False)])
 def test_lamp_1_looks_at_the_candidates(lamp_folder, tmp_path, candidate, leaks):
-    profile = [{"id": "a", "title": "an own title", "abstract": "words"}, {"id": "b", "title": "Named", "abstract": "w"}]
+    profile = [
+        {"id": "a", "title": "an own title", "abstract": "words"},
+        {"id": "b", "title": "Named", "abstract": "w"},
+    ]
     text = CITE.format("Named", candidate, "Something else")
     folder = lamp_folder(
         [{"id": "1", "user_id": "u", "input": text, "profile": profile}], [{"id": "1", "output": "[2]"}], task="LaMP_1"

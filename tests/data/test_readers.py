@@ -23,7 +23,9 @@ def news(n, user=None, gold="sports", profile=None, **more):
     record = {
         "id": str(n),
         "input": f"{ARTICLE}text number {n}",
-        "profile": profile if profile is not None else [{"id": f"p{n}", "text": f"old {n}", "title": "t", "category": gold}],
+        "profile": profile
+        if profile is not None
+        else [{"id": f"p{n}", "text": f"old {n}", "title": "t", "category": gold}],
     }
     if user is not None:
         record["user_id"] = user
@@ -159,7 +161,9 @@ def test_score_out_of_range(lamp_folder, tmp_path):
 
 
 def test_invalid_utf8_loses_one_record_only(lamp_folder, tmp_path):
-    folder = lamp_folder([news(1, "u"), news(2, "v"), news(3, "w")], [{"id": str(n), "output": "sports"} for n in (1, 2, 3)])
+    folder = lamp_folder(
+        [news(1, "u"), news(2, "v"), news(3, "w")], [{"id": str(n), "output": "sports"} for n in (1, 2, 3)]
+    )
     path = folder / "train_questions.json"
     path.write_bytes(path.read_bytes().replace(b"text number 2", b"text \xff\xfe number 2"))
     out = tmp_path / "out"

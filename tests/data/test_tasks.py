@@ -13,7 +13,12 @@ from proper_ds.data.tasks import TASKS, candidates, query_text, task_of, with_in
 from proper_ds.errors import DataError
 
 ITEMS = {
-    "LaMP_1": ({"id": "1", "title": "T", "abstract": "A"}, "A", 'Write the abstract of the paper with the title "T".', "T A"),
+    "LaMP_1": (
+        {"id": "1", "title": "T", "abstract": "A"},
+        "A",
+        'Write the abstract of the paper with the title "T".',
+        "T A",
+    ),
     "LaMP_2M": ({"id": "1", "description": "D", "tag": "comedy"}, "comedy", "description: D", ""),
     "LaMP_2N": ({"id": "1", "text": "X", "title": "T", "category": "sports"}, "sports", "article: X", "T X"),
     "LaMP_3": ({"id": "1", "text": "X", "score": 4.0}, "4", "review: X", ""),

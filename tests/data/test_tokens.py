@@ -26,7 +26,9 @@ SUFFIX = "\n### Output:"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = ["What is the score of the review? review: good film, bad film" + SUFFIX + f" {n}" for n in range(1, 6)] * 20
+    texts = [
+        "What is the score of the review? review: good film, bad film" + SUFFIX + f" {n}" for n in range(1, 6)
+    ] * 20
     return train_tokenizer(texts, CreateBase(vocab_size=300))
 
 
@@ -43,7 +45,7 @@ def test_prompt_suffix_and_answer_stand_whole_when_the_input_is_cut(tokenizer):
 
 
 def test_an_answer_that_does_not_fit_is_refused(tokenizer):
-    with pytest.raises(DataError, match="answers are never cut: raise base.max_length"):
+    with pytest.raises(DataError, match=r"answers are never cut: raise base.max_length"):
         PromptEncoder(tokenizer, SUFFIX, max_length=40).encode("x", "good film " * 40)
 
 
@@ -97,7 +99,9 @@ def test_tokenised_data_holds_every_example_in_user_order(prepared, tokenizer, t
         assert (users[start:stop] == index).all()
         examples = data.examples_of(start, stop)
         history = [e for e in examples if e.kind == HISTORY]
-        assert [tokenizer.decode(e.ids[e.num_prompt :]).strip() for e in history] == [f"{h.answer}</s>" for h in user.history]
+        assert [tokenizer.decode(e.ids[e.num_prompt :]).strip() for e in history] == [
+            f"{h.answer}</s>" for h in user.history
+        ]
         for e in (e for e in examples if e.kind == QUERY):
             split = user.queries[e.position].split
             assert (e.num_targets > 0) == (split == "train"), "only training questions carry their gold"

@@ -32,7 +32,9 @@ def by_name(name, labels=LABELS, lamp="LaMP_2N"):
     return next(m for m in metrics_of(task(lamp, labels)) if m.name == name)
 
 
-CASES = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, "unknown", " a "])), min_size=1, max_size=40)
+CASES = st.lists(
+    st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, "unknown", " a "])), min_size=1, max_size=40
+)
 
 
 @given(CASES)

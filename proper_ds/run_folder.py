@@ -10,12 +10,18 @@ Below every package that runs stages.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proper_ds.errors import UserError
 from proper_ds.files import write_json_atomic
 
 MARKER = "done.json"
@@ -40,6 +46,29 @@ class RunFolder:
     def stage(self, name: str) -> StageFolder:
         """The folder of a stage: `population`, `group/proper`, `store/OPPU` and so on."""
         return StageFolder(self.root, name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second driver out while the block runs; a killed one lets go by itself.
+
+        Raises:
+            UserError: where another driver is at work in this folder, naming it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                who = file.read().strip() or "unknown"
+                raise UserError(
+                    f"output_dir {self.root}: another run is at work there ({who}); wait for it, stop it, or give"
+                    " another output_dir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
 
 
 @dataclass(frozen=True)
@@ -68,7 +97,9 @@ class StageFolder:
         return found is not None and found["fingerprint"] == fingerprint
 
     def commit(self, fingerprint: str, settings: dict[str, Any], seconds: float) -> None:
-        """Mark the result complete; the last write of a stage."""
+        """Mark the result complete, the last write of a stage; what killed writers left behind is removed before."""
+        for left in self.path.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
         marker = {"fingerprint": fingerprint, "settings": settings, "seconds": round(seconds, 3)}
         write_json_atomic(self.path / MARKER, marker)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -27,7 +29,6 @@ def run_gang(entry: str, config: RunConfig, options: dict[str, Any], stage: str,
         UserError: what the entry raised because of its input: tried once.
         FleetError: when ranks failed more often than `distributed.max_restarts`.
     """
-    import ray.train
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as TrainRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -60,19 +61,38 @@ def run_gang(entry: str, config: RunConfig, options: dict[str, Any], stage: str,
         ),
     )
     try:
-        trainer.fit()
+        _fit(trainer)
     except Exception as error:
         raise _as_ours(error, error_file, stage) from error
     if error_file.exists():
         raise _as_ours(None, error_file, stage)
     shutil.rmtree(scratch, ignore_errors=True)
-    del ray
+
+
+def _fit(trainer: Any) -> None:
+    """`trainer.fit()` in a thread, so that Ctrl-C reaches us.
+
+    In the main thread Ray Train puts its own handler in place, which waits for the ranks (seen to hang), ends the
+    process with code 0, and stays in place for everything that runs later.
+    """
+    raised: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=fit, name="gang", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if raised:
+        raise raised[0]
 
 
 def _as_ours(error: Exception | None, error_file: Path, stage: str) -> ProperError:
     if error_file.exists():
-        import json
-
         found = json.loads(error_file.read_text(encoding="utf-8"))
         kind = UserError if found["is_users"] else FleetError
         return kind(found["message"])

@@ -14,12 +14,14 @@ class Unit:
     Attributes:
         cost: tokens of one epoch.
         part: which of a job's parts this unit belongs to, such as the set of adapters it makes.
+        num_users: users with any cost; the others are passed over.
     """
 
     first: int
     stop: int
     cost: int
     part: str = ""
+    num_users: int = 0
 
     @property
     def name(self) -> str:
@@ -34,12 +36,13 @@ def plan_units(cost_per_user: np.ndarray, num_tokens_per_unit: int, part: str = 
         cost_per_user: tokens of each user; users of cost 0 belong to a unit too, and are passed over there.
         num_tokens_per_unit: a unit is closed once it holds so many tokens.
     """
-    units, first, cost = [], 0, 0
+    units, first, cost, num_users = [], 0, 0, 0
     for user, tokens in enumerate(cost_per_user.tolist()):
         cost += tokens
+        num_users += tokens > 0
         if cost >= num_tokens_per_unit:
-            units.append(Unit(first, user + 1, cost, part))
-            first, cost = user + 1, 0
+            units.append(Unit(first, user + 1, cost, part, num_users))
+            first, cost, num_users = user + 1, 0, 0
     if first < len(cost_per_user):
-        units.append(Unit(first, len(cost_per_user), cost, part))
+        units.append(Unit(first, len(cost_per_user), cost, part, num_users))
     return sorted((unit for unit in units if unit.cost), key=lambda unit: (-unit.cost, unit.first))

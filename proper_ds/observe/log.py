@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -44,3 +45,12 @@ def log_to_terminal(console: Console) -> None:
     logger.propagate = False
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def quiet_libraries(on_gpu: bool) -> None:
+    """Keep Hugging Face's bars and DeepSpeed's search for an accelerator out of what people read."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -62,10 +62,10 @@ def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: Pro
     for stage in stages.of("prepare"):
         place = folder.stage(stage.name)
         if not place.is_done(stage.fingerprint):
-            place.begin(stage.fingerprint)
-            with view.running():
+            with folder.locked(), view.running():
+                place.begin(stage.fingerprint)
                 prepare(config.data, place.path, view.report)
-            place.commit(stage.fingerprint, stage.settings, 0.0)
+                place.commit(stage.fingerprint, stage.settings, 0.0)
     return Manifest.read(prepared_path(config))
 
 

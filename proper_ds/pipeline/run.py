@@ -30,7 +30,7 @@ from proper_ds.store.catalog import Catalog
 from proper_ds.training.context import RunContext
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
-from proper_ds.training.selection import num_history, users_with_queries
+from proper_ds.training.selection import users_with_queries
 from proper_ds.training.unit_jobs import users_to_train
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ class Run:
             UserError: where a step is unknown, or lacks the result of one before it.
         """
         chosen = _checked_steps(steps)
-        record_run(self.config, self.folder)
         with ExitStack() as stack:
             self._stack = stack
+            stack.enter_context(self.folder.locked())
+            record_run(self.config, self.folder)
             for step in STEPS:
                 wanted = self.stages.of(step)
                 missing = [stage for stage in wanted if not self._is_done(stage)]
@@ -212,14 +213,14 @@ class Run:
         return plan_units((cost * mask).astype(np.int64), self.config.fleet.num_tokens_per_unit, part)
 
     def _fleet(self, entry: str, options: dict[str, Any], step: str, units: list[Unit], pending: list[Unit]) -> None:
-        total = sum(unit.stop - unit.first for unit in units)
-        done = total - sum(unit.stop - unit.first for unit in pending)
+        total = sum(unit.num_users for unit in units)
+        done = total - sum(unit.num_users for unit in pending)
         if len(pending) < len(units):
             get_logger().info("%s: %d of %d units are committed already", step, len(units) - len(pending), len(units))
 
         def on_done(unit: Unit, report: dict[str, Any]) -> None:
             nonlocal done
-            done += unit.stop - unit.first
+            done += unit.num_users
             self.metrics.log(step, unit=unit.name, part=unit.part, **report)
             note = f"loss {report['last_loss']:.4f}" if report.get("last_loss") is not None else ""
             self.view.report(step, done, total, note)
@@ -236,8 +237,3 @@ def _checked_steps(steps: Sequence[str] | None) -> set[str]:
     if unknown:
         raise UserError(f"unknown step {', '.join(unknown)}; legal are {', '.join(STEPS)}")
     return set(steps)
-
-
-def num_warm_users(context: RunContext) -> int:
-    """Users with history."""
-    return int((num_history(context.tokens) > 0).sum())

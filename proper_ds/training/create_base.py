@@ -18,6 +18,7 @@ from proper_ds.data.prepared import PreparedData
 from proper_ds.data.prompts import history_prompt
 from proper_ds.errors import DataError
 from proper_ds.model.config import CreateBase
+from proper_ds.observe.log import quiet_libraries
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 LOG_EVERY = 25
@@ -98,6 +99,8 @@ def create_base(
     """
     from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    quiet_libraries(device.type == "cuda")
     texts = list(islice(texts_of(prepared, suffix, seed), MAX_TEXTS))
     tokenizer = train_tokenizer(texts, settings)
     ids = _packed_ids(texts, tokenizer, seed)
@@ -119,7 +122,6 @@ def create_base(
         pad_token_id=tokenizer.pad_token_id,
     )
     lm = LlamaForCausalLM(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm.to(device).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = get_scheduler("cosine", optimizer, settings.max_steps // 20, settings.max_steps)

@@ -129,6 +129,7 @@ def test_units_cover_all_users_with_tokens_once_in_order(costs, size):
     assert {user for user, cost in enumerate(costs) if cost} <= set(covered)
     assert sum(unit.cost for unit in found) == sum(costs)
     assert len({unit.name for unit in found}) == len(found)
+    assert sum(unit.num_users for unit in found) == sum(cost > 0 for cost in costs)
     biggest = max(costs)
     assert all(unit.cost < size + biggest for unit in found)
 

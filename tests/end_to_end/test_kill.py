@@ -1,0 +1,181 @@
+"""Kill -9 of a worker and of the driver, and Ctrl-C, in every stage: the same command goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from proper_ds.observe.metrics import read_events
+from proper_ds.store.store import AdapterStore
+from tests.end_to_end.runs import CONFIG, command, environment, proper_ds, write_run
+
+WAIT_S = 150.0
+SETS = ("OPPU", "proper", "proper-released")
+RANK, ACTOR = "RayTrainWorker", "UnitWorker"
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {WAIT_S} s for {what}"
+        time.sleep(0.005)
+
+
+@dataclass
+class Driver:
+    """A driver in a process group of its own, as a shell would start it."""
+
+    yaml: Path
+    log: Path
+    process: subprocess.Popen = field(init=False)
+
+    def __post_init__(self) -> None:
+        with self.log.open("a", encoding="utf-8") as out:
+            self.process = subprocess.Popen(
+                command("run", self.yaml), env=environment(), stdout=out, stderr=out, start_new_session=True
+            )
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self, kind: str) -> list[psutil.Process]:
+        found = []
+        for process in self.processes():
+            try:
+                line = process.cmdline()
+            except psutil.Error:
+                continue
+            if line and line[0].startswith(f"ray::{kind}"):
+                found.append(process)
+        return found
+
+    def kill_a_worker(self, kind: str) -> None:
+        wait_for(lambda: self.workers(kind), f"a {kind}")
+        self.workers(kind)[-1].kill()
+
+    def end(self, number: int, whole_group: bool = False) -> int:
+        """Send a signal, wait for the end, and see that nothing that Ray started is left."""
+        others = self.processes()
+        (os.killpg if whole_group else os.kill)(self.process.pid, number)
+        code = self.process.wait(timeout=60)
+        _, alive = psutil.wait_procs(others, timeout=60)
+        assert not alive, f"still there after the driver: {alive}"
+        return code
+
+
+def committed(folder: Path) -> dict[Path, int]:
+    """Every file that says that something is finished, with the time it was written."""
+    names = ("*/done.json", "group/*/done.json", "store/*/done.json", "router/*/done.json")
+    names += ("features/*.safetensors", "store/*/catalog/*.parquet", "predictions/units/*.parquet")
+    return {path: path.stat().st_mtime_ns for name in names for path in folder.glob(name)}
+
+
+def num_units(folder: Path, step: str) -> int:
+    where = {
+        "features": "features/*.safetensors",
+        "user": "store/*/catalog/*.parquet",
+        "evaluate": "predictions/units/*.parquet",
+    }
+    return sum(1 for _ in folder.glob(where[step]))
+
+
+def last_checkpoint(folder: Path, step: str) -> tuple[int, int]:
+    """(finished stages, optimizer steps in the newest checkpoint) of a rank step; only ever grows."""
+    root = folder / step
+    done = len(list(root.glob("done.json"))) + len(list(root.glob("*/done.json")))
+    steps = 0
+    for path in [*root.glob("checkpoint/checkpoint.json"), *root.glob("*/checkpoint/checkpoint.json")]:
+        steps = json.loads(path.read_text())["num_steps"]
+    return done, steps
+
+
+def is_over(folder: Path, step: str) -> bool:
+    stages = {"population": 1, "group": 2, "router": 2, "features": 1, "user": 3, "evaluate": 1}
+    roots = {"user": "store/*/done.json", "evaluate": "predictions/done.json"}
+    plain = {"population": "population/done.json", "features": "features/done.json"}
+    pattern = roots.get(step) or plain.get(step) or f"{step}/*/done.json"
+    return len(list(folder.glob(pattern))) == stages[step]
+
+
+def disturb(yaml: Path, folder: Path, step: str) -> dict[Path, int]:
+    """Kill a worker in the middle of a step; once its replacement has moved on, kill the driver."""
+    driver = Driver(yaml, folder.parent / "driver.log")
+    on_ranks = step in ("population", "group", "router")
+    progress = (lambda: last_checkpoint(folder, step)) if on_ranks else (lambda: num_units(folder, step))
+    start = progress()
+    wait_for(lambda: progress() > start, f"{step} to begin")
+    driver.kill_a_worker(RANK if on_ranks else ACTOR)
+    at_kill = progress()
+    wait_for(lambda: progress() > at_kill, f"{step} to go on after the loss of a worker")
+    assert driver.process.poll() is None
+    code = driver.end(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not is_over(folder, step), f"{step} was over before the driver was killed: nothing was tested"
+    return committed(folder)
+
+
+@pytest.fixture(scope="module")
+def disturbed(finished, tmp_path_factory) -> Path:
+    """The finished run's twin, killed in every stage, with two actors instead of one."""
+    root = tmp_path_factory.mktemp("killed")
+    folder = root / "killed"
+    yaml = write_run(folder, finished.data, num_actors=2)
+    log = root / "driver.log"
+    driver = Driver(yaml, log)
+    wait_for(lambda: last_checkpoint(folder, "population") > (0, 0), "a checkpoint")
+    assert driver.end(signal.SIGINT, whole_group=True) == 130, log.read_text()
+    assert "Run the same command again to go on" in log.read_text()
+    before: dict[Path, int] = {}
+    for step in ("population", "features", "group", "user", "router", "evaluate"):
+        now = disturb(yaml, folder, step)
+        assert before.items() <= now.items(), "something committed was done again"
+        before = now
+    output = proper_ds("run", yaml)
+    assert before.items() <= committed(folder).items(), "something committed was done again"
+    assert "report.html" in output
+    return folder
+
+
+def test_adapters_are_those_of_an_undisturbed_run(finished, disturbed):
+    for name in SETS:
+        whole, killed = (AdapterStore(run / "store" / name) for run in (finished.folder, disturbed))
+        users = whole.users()
+        assert sorted(killed.users()) == sorted(users)
+        assert len(users) == 40
+        assert whole.get_many(users).equal(killed.get_many(users))
+
+
+def test_shared_weights_are_those_of_an_undisturbed_run(finished, disturbed):
+    files = [path.relative_to(finished.folder) for path in finished.folder.glob("**/*.safetensors")]
+    shared = [path for path in files if path.parts[0] in ("population", "group", "router", "features")]
+    assert len(shared) >= 6
+    for path in shared:
+        whole, killed = load_file(finished.folder / path), load_file(disturbed / path)
+        assert whole.keys() == killed.keys()
+        assert all(whole[key].equal(killed[key]) for key in whole), path
+
+
+def test_the_report_is_that_of_an_undisturbed_run(finished, disturbed):
+    whole, killed = (json.loads((run / "report.json").read_text())["methods"] for run in (finished.folder, disturbed))
+    assert whole == killed
+
+
+def test_no_step_before_a_checkpoint_is_repeated(finished, disturbed):
+    events, _ = read_events(disturbed / "metrics.jsonl", 0)
+    for stage in ("population", "group/proper", "group/proper-released", "router/proper", "router/proper-released"):
+        steps = [event["step"] for event in events if event["stage"] == stage and "step" in event]
+        whole, _ = read_events(finished.folder / "metrics.jsonl", 0)
+        num_steps = max(event["step"] for event in whole if event["stage"] == stage and "step" in event)
+        assert sorted(set(steps)) == list(range(1, num_steps + 1))
+        section = CONFIG[stage.split("/")[0]]
+        assert len(steps) <= num_steps + 3 * (section["save_steps"] + 1), steps

@@ -1,0 +1,1 @@
+"""Tests of proper_ds.pipeline and the run folder."""

@@ -1,0 +1,105 @@
+"""Which stages a changed setting makes anew: those that depend on it and all after them, and no other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from proper_ds.config import load_config
+from proper_ds.evaluation.methods import METHODS, needs_of
+from proper_ds.pipeline.stages import StageList
+from tests.end_to_end.runs import CONFIG
+
+ALL = [
+    "prepared",
+    "base",
+    "tokens",
+    "population",
+    "features",
+    "group/proper",
+    "group/proper-released",
+    "store/OPPU",
+    "store/proper",
+    "store/proper-released",
+    "router/proper",
+    "router/proper-released",
+    "predictions",
+    "report",
+]
+
+
+@pytest.fixture
+def prints(tmp_path, lamp_folder):
+    """`prints(*overrides)` -> fingerprints by stage."""
+    profile = [{"id": "p1", "text": "old news", "title": "t", "category": "sports"}]
+    question = {"id": "1", "input": "news", "user_id": "u", "profile": profile}
+    data = lamp_folder([question], [{"id": "1", "output": "sports"}])
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path / "run"), "data": {"path": [str(data)]}}))
+
+    def load(*overrides):
+        return {stage.name: stage.fingerprint for stage in StageList(load_config(path, overrides))}
+
+    load.data = data
+    return load
+
+
+def changed(prints, *overrides):
+    before, after = prints(), prints(*overrides)
+    assert list(before) == list(after) == ALL
+    return [name for name in ALL if before[name] != after[name]]
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("data.train_split=test", "prepared"),
+        ("base.create.max_steps=7", "base"),
+        ("base.max_length=90", "tokens"),
+        ("population.learning_rate=1", "population"),
+        ("distributed.num_ranks=1", "population"),
+        ("evaluation.closed_labels=generate", "predictions"),
+        ("evaluation.confidence=0.5", "report"),
+    ],
+)
+def test_everything_from_the_first_that_depends_on_it(prints, override, first):
+    found = changed(prints, override)
+    assert found[0] == first
+    if first != "predictions" and first != "report":
+        assert set(found) >= set(ALL[ALL.index("population") :])
+
+
+def test_user_settings_leave_the_shared_stages_alone(prints):
+    assert changed(prints, "user.learning_rate=1") == ALL[7:]
+
+
+def test_router_settings_leave_adapters_alone(prints):
+    assert changed(prints, "router.learning_rate=1") == ALL[10:]
+
+
+@pytest.mark.parametrize("override", ["fleet.num_actors=2", "fleet.max_retries=1", "distributed.max_restarts=1"])
+def test_who_does_the_work_changes_nothing(prints, override):
+    assert changed(prints, override) == []
+
+
+def test_changed_data_changes_everything(prints):
+    before = prints()
+    outputs = prints.data / "train_outputs.json"
+    found = json.loads(outputs.read_text())
+    found["golds"][0]["output"] = "business"
+    outputs.write_text(json.dumps(found))
+    after = prints()
+    assert [name for name in ALL if before[name] != after[name]] == ALL
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_names_all_that_it_reads(method):
+    needs = needs_of([method])
+    about = METHODS[method]
+    assert needs.population == about.population
+    assert (about.adapter_set in needs.adapter_sets) == (about.adapter_set is not None)
+    assert set(needs.routers) == (
+        {about.preset} if about.user_lora and about.preset and about.gates == "lora" else set()
+    )

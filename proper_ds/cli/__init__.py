@@ -17,6 +17,8 @@ from proper_ds.cli import base, data, run, store
 from proper_ds.errors import ProperError
 from proper_ds.observe.log import log_to_terminal
 
+STOPPED = 130
+
 app = typer.Typer(
     name="proper-ds",
     help="One model for each user: population, group and user LoRAs on DeepSpeed and Ray.",
@@ -42,18 +44,19 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     log_to_terminal(Console(stderr=False))
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the codes of its own exits, Ctrl-C's among them
     except ProperError as error:
         typer.secho(f"error: {error}", err=True, fg="red" if sys.stderr.isatty() else None)
-        sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped; what was committed is kept. Run the same command again to go on.", err=True)
-        sys.exit(130)
+        code = STOPPED
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
             error.show()  # type: ignore[attr-defined]
-            sys.exit(2)
-        logging.getLogger("proper_ds").exception("unexpected failure")
-        sys.exit(1)
+            code = 2
+        else:
+            logging.getLogger("proper_ds").exception("unexpected failure")
+            code = 1
+    if code == STOPPED:
+        typer.echo("stopped; what was committed is kept. Run the same command again to go on.", err=True)
+    sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,9 @@ from rich.table import Table
 from proper_ds.config import load_config
 from proper_ds.observe.log import log_to_file
 from proper_ds.observe.progress import ProgressView
+
+LOG_WIDTH = 140
+"""Columns of the results table in a file; a terminal has its own."""
 
 Yaml = Annotated[Path, typer.Argument(help="The run's YAML.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="`section.key=value`, as often as you like.")]
@@ -29,6 +33,8 @@ def run(
 
     log_to_file(RunFolder(config.output_path).logs, "driver")
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = LOG_WIDTH
     if Run(config, ProgressView(console)).run(steps.split(",") if steps else None):
         show_report(config.output_path, console)
 
@@ -53,7 +59,7 @@ def show_report(folder: Path, console: Console) -> None:
     for task in report["tasks"]:
         table = Table(title=title_of(report, task), title_justify="left")
         for title in results_header(report, task):
-            table.add_column(title)
+            table.add_column(title, no_wrap=not table.columns)
         for method, cells in results_rows(report, task):
             table.add_row(method, *cells)
         console.print(table)

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from proper_ds.data.records import HistoryItem
 from proper_ds.data.tasks import Task, candidates, query_text
 
+MIN_TEXT_WORDS = 4
+"""From here on an answer of a generic task is taken for text."""
+
 
 def squeezed(text: str) -> str:
     """Text as the guard compares it: case and white space do not matter."""
@@ -18,6 +21,7 @@ class LeakGuard:
 
     A question leaks when a history item of its task has the same input text, or, for text answers, the same answer.
     LaMP-1 names one of the user's own titles by design; there, a candidate that is a title of the history leaks.
+    Short answers of a generic task may be labels, which recur by nature: they are not compared.
     """
 
     def __init__(self, items: Iterable[tuple[HistoryItem, frozenset[str]]]) -> None:
@@ -41,7 +45,8 @@ class LeakGuard:
         splits = self._texts.get((task.name, text))
         if splits:
             return "the same input text is in the user's history", splits
-        if task.kind == "generation" and answer:
+        is_label = task.lamp_id == "generic" and answer is not None and len(answer.split()) < MIN_TEXT_WORDS
+        if task.kind == "generation" and answer and not is_label:
             splits = self._answers.get((task.name, squeezed(answer)))
             if splits:
                 return "the same answer is in the user's history", splits

@@ -1,4 +1,4 @@
-"""User features: the frozen base's states over each history item, made once by the fleet, read by later stages.
+"""User features: what the population model got wrong about each history item; made by the fleet, read by later stages.
 
 One safetensors file a work unit, holding the items' features and each user's sum.
 Shapes: I history items, F feature size, U users of a unit.

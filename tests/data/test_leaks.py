@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from proper_ds.data.config import DataConfig
@@ -83,3 +85,15 @@ def test_time_based_split_teaches_old_questions_as_history(lamp_folder, tmp_path
 def test_the_shared_data_sets_have_no_leaks(shared_data, tmp_path):
     for task in ("movie_rating", "acl_author", "acl_title", "email_polish"):
         assert run(shared_data / task, tmp_path / task).manifest.num_users > 100
+
+
+@pytest.mark.parametrize(("answer", "leaks"), [("positive", False), ("I would never buy it again", True)])
+def test_short_answers_of_a_generic_task_may_recur(tmp_path, answer, leaks):
+    row = {"user": "u", "history": [{"input": "old", "output": answer}], "query": "new", "answer": answer}
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(row))
+    if leaks:
+        with pytest.raises(DataError, match="the same answer"):
+            run(path, tmp_path / "out")
+    else:
+        assert run(path, tmp_path / "out").manifest.num_users == 1

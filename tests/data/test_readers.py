@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -246,3 +247,23 @@ def test_max_users_per_split(lamp_folder, tmp_path):
     golds = [{"id": str(n), "output": "sports"} for n in range(5)]
     folder = lamp_folder([news(n, f"u{n // 2}") for n in range(5)], golds)
     assert run(folder, tmp_path / "out", max_users_per_split=2).keys() == ["u0", "u1"]
+
+
+def test_memory_does_not_grow_with_the_number_of_users(tmp_path):
+    def peak(num_users):
+        path = tmp_path / str(num_users) / "train.jsonl"
+        path.parent.mkdir()
+        with path.open("w") as file:
+            for user in range(num_users):
+                history = [{"input": f"text {user} {n} " + "word " * 20, "output": "good"} for n in range(5)]
+                file.write(json.dumps({"user": f"u{user}", "history": history, "query": "q", "answer": "bad"}) + "\n")
+        tracemalloc.start()
+        try:
+            prepare(DataConfig(path=[str(path)], num_users_per_shard=100), tmp_path / f"out{num_users}")
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # imports
+    small, large = peak(2000), peak(8000)
+    assert large < 1.2 * small, (small, large)

@@ -80,7 +80,7 @@ def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list
     axis.set_xlabel("history items", fontsize=9)
     axis.set_ylabel(f"gain in {metric} over {rival}", fontsize=9)
     axis.tick_params(axis="y", labelsize=8)
-    axis.legend(fontsize=8, frameon=False, ncols=min(3, len(methods)))
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.grid(axis="y", alpha=0.25)
     return _svg(figure)
 
@@ -100,8 +100,12 @@ def expert_spread(experts: dict[str, Any]) -> str | None:
     """For each method with groups, the share of users whose strongest expert is this one, by module."""
     if not experts:
         return None
-    figure, axes = plt.subplots(1, len(experts), figsize=(4.2 * len(experts), 3), squeeze=False)
-    for axis, (method, found) in zip(axes.flat, experts.items(), strict=True):
+    columns = min(3, len(experts))
+    rows = -(-len(experts) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(experts) :]:
+        axis.axis("off")
+    for axis, (method, found) in zip(axes.flat, experts.items(), strict=False):
         image = axis.imshow(found["dominant_share"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
         axis.set_title(f"{method}\nmean largest gate {found['mean_largest_gate']:.2f}", fontsize=9)
         axis.set_xlabel("expert", fontsize=8)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from proper_ds.distributed.ranks import current_ranks
 from proper_ds.errors import FleetError, ProperError, UserError
@@ -29,17 +32,13 @@ def run_gang(entry: str, config: RunConfig, options: dict[str, Any], stage: str,
         UserError: what the entry raised because of its input: tried once.
         FleetError: when ranks failed more often than `distributed.max_restarts`.
     """
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as TrainRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     distributed = config.distributed
     cluster.check_ranks(distributed.num_ranks, distributed.num_cpus_per_rank)
     scratch = config.output_path / ".ray"
     name = f"{stage.replace('/', '-')}-{time.time_ns()}"
     error_file = scratch / f"{name}.error.json"
     scratch.mkdir(parents=True, exist_ok=True)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _rank_main,
         train_loop_config={
             "entry": entry,
@@ -61,7 +60,7 @@ def run_gang(entry: str, config: RunConfig, options: dict[str, Any], stage: str,
         ),
     )
     try:
-        _fit(trainer)
+        trainer.fit()
     except Exception as error:
         raise _as_ours(error, error_file, stage) from error
     if error_file.exists():
@@ -69,26 +68,15 @@ def run_gang(entry: str, config: RunConfig, options: dict[str, Any], stage: str,
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fit(trainer: Any) -> None:
-    """`trainer.fit()` in a thread, so that Ctrl-C reaches us.
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to Python: `fit` raises KeyboardInterrupt, and what the driver holds open ends with it.
 
-    In the main thread Ray Train puts its own handler in place, which waits for the ranks (seen to hang), ends the
-    process with code 0, and stays in place for everything that runs later.
+    Ray Train's own handler waits for the ranks (seen to hang), ends the process with code 0, and stays in place for
+    everything that runs later.
     """
-    raised: list[Exception] = []
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=fit, name="gang", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.5)
-    if raised:
-        raise raised[0]
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def _as_ours(error: Exception | None, error_file: Path, stage: str) -> ProperError:

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.end_to_end.runs import CONFIG, command, environment, proper_ds, write
 
 WAIT_S = 150.0
 SETS = ("OPPU", "proper", "proper-released")
+MARK = "TEST_DRIVER"
 RANK, ACTOR = "RayTrainWorker", "UnitWorker"
 
 
@@ -40,9 +42,11 @@ class Driver:
     process: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
+        self.mark = uuid.uuid4().hex  # every process that comes of this driver inherits it
+        env = environment() | {MARK: self.mark}
         with self.log.open("a", encoding="utf-8") as out:
             self.process = subprocess.Popen(
-                command("run", self.yaml), env=environment(), stdout=out, stderr=out, start_new_session=True
+                command("run", self.yaml), env=env, stdout=out, stderr=out, start_new_session=True
             )
 
     def __enter__(self) -> Driver:
@@ -52,19 +56,17 @@ class Driver:
         if self.process.poll() is None:
             self.end(signal.SIGKILL)
 
-    def processes(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def workers(self, kind: str) -> list[psutil.Process]:
-        found = []
-        for process in self.processes():
+    def processes(self) -> Iterator[tuple[str, psutil.Process]]:
+        """(title, process) of all that came of this driver and still runs."""
+        for process in psutil.process_iter():
             try:
-                line = process.cmdline()
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    yield " ".join(process.cmdline()), process
             except psutil.Error:
                 continue
-            if line and line[0].startswith(f"ray::{kind}"):
-                found.append(process)
-        return found
+
+    def workers(self, kind: str) -> list[psutil.Process]:
+        return [process for title, process in self.processes() if title.startswith(f"ray::{kind}")]
 
     def kill_a_worker(self, kind: str) -> None:
         wait_for(lambda: self.workers(kind), f"a {kind}")
@@ -75,11 +77,10 @@ class Driver:
 
         Ray's two agents of a node notice the loss of their raylet only after a minute or two, and end then.
         """
-        others = [process for process in self.processes() if not process.name().endswith("Agent")]
         (os.killpg if whole_group else os.kill)(self.process.pid, number)
         code = self.process.wait(timeout=60)
-        _, alive = psutil.wait_procs(others, timeout=60)
-        assert not alive, f"still there after the driver: {alive}"
+        agents = ("ray::RuntimeEnvAgent", "ray::DashboardAgent")
+        wait_for(lambda: all(title.startswith(agents) for title, _ in self.processes()), "Ray to end")
         return code
 
 
@@ -127,10 +128,8 @@ def disturb(yaml: Path, folder: Path, step: str) -> dict[Path, int]:
         driver.kill_a_worker(RANK if on_ranks else ACTOR)
         at_kill = progress()
         wait_for(lambda: progress() > at_kill, f"{step} to go on after the loss of a worker")
-        assert driver.process.poll() is None
-        code = driver.end(signal.SIGKILL)
-        assert code == -signal.SIGKILL
-    assert not is_over(folder, step), f"{step} was over before the driver was killed: nothing was tested"
+        assert not is_over(folder, step), f"{step} was over before the driver was killed: nothing was tested"
+        assert driver.end(signal.SIGKILL) == -signal.SIGKILL
     return committed(folder)
 
 

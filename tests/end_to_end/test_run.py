@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -40,7 +41,7 @@ def test_the_report_has_every_method_task_and_metric(finished):
                 assert isinstance(cell["user_mean"], float)
     page = (finished.folder / "report.html").read_text()
     assert "<svg" in page
-    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert not re.search(r'(src|href)="(?!#|data:)', page), "the page must need nothing else"
     assert "GENERATED data" in finished.output
     for name in METHODS:
         assert name in finished.output
@@ -102,10 +103,10 @@ def test_check_prints_the_plan_and_starts_nothing(finished):
 def exported(finished, tmp_path_factory):
     """(user number, key, folder) of users with questions, their adapters written by `store get`."""
     out = tmp_path_factory.mktemp("adapters")
-    users = sorted({user for user, _, _ in answers(finished.folder, "OPPU")})[:6]
+    users = sorted({user for user, _, _ in answers(finished.folder, "OPPU")})[:8]
     found = []
     for number, user in enumerate(PreparedData(finished.folder / "prepared").users()):
-        if number in users:
+        if number in users and user.history:
             proper_ds("store", "get", user.key, "--run", finished.folder, "--out", out / str(number))
             found.append((number, user, out / str(number)))
     return found

@@ -160,7 +160,7 @@ def test_adapters_are_those_of_an_undisturbed_run(finished, disturbed):
         whole, killed = (AdapterStore(run / "store" / name) for run in (finished.folder, disturbed))
         users = whole.users()
         assert sorted(killed.users()) == sorted(users)
-        assert len(users) == 40
+        assert len(users) == 38, "all that have a history"
         assert whole.get_many(users).equal(killed.get_many(users))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from proper_ds.data.batches import collate
-from proper_ds.distributed.ds_config import resolve_ds
+from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import current_ranks
 from proper_ds.model.adapted import PersonalModel
@@ -21,6 +21,7 @@ from proper_ds.training.group import GroupModule
 from proper_ds.training.population import PopulationModule
 from proper_ds.training.rank_batch import RankBatch
 from proper_ds.training.rank_stage import load_trained
+from tests.conftest import REPO
 from tests.distributed.gang import run_ranks
 from tests.fakes import random_examples, tiny_llama
 
@@ -80,7 +81,10 @@ def train_ranks(kind, zero, start, stop, state):
     ranks = current_ranks(1)
     accumulation = NUM_PARTS // ranks.num_ranks
     settings = SETTINGS.model_copy(update={"gradient_accumulation_steps": accumulation})
-    raw = {"zero_optimization": {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})}
+    if isinstance(zero, str):
+        raw = read_ds_file(zero)
+    else:
+        raw = {"zero_optimization": {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})}
     ds_config, problems = resolve_ds(raw, "group", settings, ranks.num_ranks, bf16=False)
     assert not problems
     module = make_module(kind)
@@ -149,3 +153,16 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one():
     (first, state), _ = run_ranks(first_half, 2, "proper")
     ((second, last),) = run_ranks(resume_only, 1, "proper", state)
     compare((first + second, last), losses, weights)
+
+
+def each_file(kind, paths):
+    return [train_ranks(kind, path, 0, NUM_STEPS, None) for path in paths]
+
+
+def test_the_shipped_deepspeed_files_train_what_one_process_does():
+    paths = sorted(str(path) for path in (REPO / "ds_configs").glob("*.json"))
+    assert len(paths) == 4
+    losses, weights = train_plain("proper")
+    for found in run_ranks(each_file, 2, "proper", paths):
+        for one in found:
+            compare(one, losses, weights)

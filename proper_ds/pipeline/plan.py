@@ -22,6 +22,7 @@ from proper_ds.model.lora import LoraLayout
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.stages import StageList, prepared_path
 from proper_ds.run_folder import RunFolder
+from proper_ds.training.create_base import llama_config
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -71,20 +72,13 @@ def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: Pro
 
 def skeleton(config: RunConfig) -> Any:
     """The base's modules without weights. Raises AdapterError where its configuration cannot be loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from proper_ds.errors import AdapterError
 
     create = config.base.create
     if create is not None:
-        about = LlamaConfig(
-            vocab_size=create.vocab_size,
-            hidden_size=create.hidden_size,
-            intermediate_size=create.intermediate_size,
-            num_hidden_layers=create.num_hidden_layers,
-            num_attention_heads=create.num_attention_heads,
-            tie_word_embeddings=True,
-        )
+        about = llama_config(create, create.vocab_size)
     else:
         try:
             about = AutoConfig.from_pretrained(config.base.model, revision=config.base.revision)

@@ -69,6 +69,25 @@ def train_tokenizer(texts: list[str], settings: CreateBase) -> Any:
     )
 
 
+def llama_config(settings: CreateBase, vocab_size: int) -> Any:
+    """The base's Hugging Face configuration; special tokens are numbered as in SPECIAL."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_attention_heads,
+        max_position_embeddings=settings.max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
+        pad_token_id=SPECIAL.index("<pad>"),
+    )
+
+
 def _packed_ids(texts: list[str], tokenizer: Any, seed: int) -> np.ndarray:
     """All texts, shuffled, as one line of ids with end tokens between."""
     order = np.random.default_rng(seed).permutation(len(texts))
@@ -97,7 +116,7 @@ def create_base(
     Raises:
         DataError: where the prepared text is too short for one sequence.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+    from transformers import LlamaForCausalLM, get_scheduler
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     quiet_libraries(device.type == "cuda")
@@ -108,20 +127,7 @@ def create_base(
     if len(ids) < 2 * width:
         raise DataError(f"{prepared.folder}: {len(ids)} tokens of text are too few to train a base; use base.model")
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_attention_heads,
-        max_position_embeddings=settings.max_position_embeddings,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    lm = LlamaForCausalLM(config)
+    lm = LlamaForCausalLM(llama_config(settings, len(tokenizer)))
     lm.to(device).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = get_scheduler("cosine", optimizer, settings.max_steps // 20, settings.max_steps)

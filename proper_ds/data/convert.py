@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from proper_ds.data.leaks import LeakGuard
-from proper_ds.data.problems import BadRecord, Complaint, Complaints
+from proper_ds.data.problems import NOW_HISTORY, BadRecord, Complaint, Complaints
 from proper_ds.data.records import HistoryItem, Query, User
 from proper_ds.data.rows import number_text, optional_text
 from proper_ds.data.staging import StagedProfile, StagedUser
 from proper_ds.data.tasks import Task
+
+Kept = dict[tuple[int | str, ...], tuple[HistoryItem, set[str]]]
+"""History items and the splits in whose profiles they stood, by source, content and number of repeats."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,10 @@ class Converter:
         self._tasks = tasks
         self._train_split = train_split
         self._complaints = complaints
-        self.num_queries_now_history = 0
-        """Training questions that a later split's history of the same user holds already; taught as history."""
 
     def convert(self, staged: StagedUser) -> User:
         """The user, with history oldest first."""
-        kept: dict[tuple[int, str], tuple[HistoryItem, set[str]]] = {}
+        kept: Kept = {}
         for profile in staged.profiles:
             self._add_profile(profile, kept)
         items = [(item, frozenset(splits)) for item, splits in kept.values()]
@@ -51,17 +53,18 @@ class Converter:
             leak = guard.find(source.task, source.instruction, question.input, answer)
             if leak is not None:
                 what, splits = leak
+                kind = "leak"
                 if question.split == self._train_split and question.split not in splits:
-                    self.num_queries_now_history += 1
-                else:
-                    self._complaints.add(Complaint("leak", question.file, question.record, question.id, what))
+                    kind, what = NOW_HISTORY, "a later split has it in the user's history, where it is taught"
+                self._complaints.add(Complaint(kind, question.file, question.record, question.id, what))
                 continue
             name = source.task.name
             user.queries.append(Query(question.id, question.split, name, question.input, answer, question.time))
         return user
 
-    def _add_profile(self, profile: StagedProfile, kept: dict[tuple[int, str], tuple[HistoryItem, set[str]]]) -> None:
+    def _add_profile(self, profile: StagedProfile, kept: Kept) -> None:
         task = self._tasks[profile.source].task
+        num_alike: Counter[tuple[str, ...]] = Counter()
         for position, raw in enumerate(profile.items, start=1):
             try:
                 item = history_item(task, raw)
@@ -70,12 +73,15 @@ class Converter:
                 text = f"history item {position}: {reason}"
                 self._complaints.add(Complaint("bad", profile.file, profile.record, key, text))
                 continue
-            # The same item may stand in several of the user's profiles: by id, or word for word where it has none.
-            identity = item.id or f"{item.text}\0{item.answer}\0{item.time}"
-            if (profile.source, identity) in kept:
-                kept[profile.source, identity][1].add(profile.split)
+            # The same item may stand in several of the user's profiles. Items without an id that are alike in one
+            # profile are several: the user did it again.
+            content = (item.id, item.text, item.answer, item.time)
+            num_alike[content] += 1
+            identity = (profile.source, *content, 0 if item.id else num_alike[content])
+            if identity in kept:
+                kept[identity][1].add(profile.split)
             else:
-                kept[profile.source, identity] = (item, {profile.split})
+                kept[identity] = (item, {profile.split})
 
 
 def history_item(task: Task, raw: dict[str, Any]) -> HistoryItem:

@@ -18,6 +18,7 @@ BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 """What a truncated or damaged gzip file raises while being read."""
 
 _ESCAPED = re.compile("[\udc80-\udcff]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class MarkedBytes:
@@ -50,9 +51,9 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def has_bad_text(value: Any) -> bool:
-    """Whether any text inside a JSON value held invalid UTF-8."""
+    """Whether any text inside a JSON value held invalid UTF-8, or half of a surrogate pair (an emoji cut in two)."""
     if isinstance(value, str):
-        return BAD_TEXT in value
+        return BAD_TEXT in value or _SURROGATE.search(value) is not None
     if isinstance(value, dict):
         return any(has_bad_text(key) or has_bad_text(inner) for key, inner in value.items())
     if isinstance(value, list):

@@ -30,9 +30,12 @@ class SharedBeginning:
     def instruction(self, task: Task) -> str:
         """The instruction, with its closing space; the task's own wording where the questions do not show theirs.
 
-        The task's marker is looked for first, since a single question shows no common beginning; then the last
-        ": " that several different questions share.
+        A generic question is its text and nothing else, unless info.json gives an instruction: what questions happen
+        to share there may be text of the items as well. Elsewhere the task's marker is looked for first, since a
+        single question shows no common beginning; then the last ": " that several different questions share.
         """
+        if task.lamp_id == "generic":
+            return task.instruction
         prefix = self._prefix or ""
         if task.marker and task.marker in prefix:
             return prefix[: prefix.index(task.marker) + len(task.marker)]

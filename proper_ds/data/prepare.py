@@ -13,7 +13,7 @@ from proper_ds.data.config import DataConfig
 from proper_ds.data.convert import Converter, SourceTask
 from proper_ds.data.instruction import SharedBeginning
 from proper_ds.data.manifest import MANIFEST, Manifest, TaskManifest
-from proper_ds.data.problems import Complaints
+from proper_ds.data.problems import NOW_HISTORY, Complaints
 from proper_ds.data.records import User
 from proper_ds.data.shards import ShardWriter
 from proper_ds.data.sources import Source, find_sources
@@ -87,7 +87,7 @@ def prepare(config: DataConfig, out: Path, progress: Progress = lambda what, don
         num_history_items=counts.num_items,
         splits=counts.splits(),
         sources=describe_sources(sources),
-        set_aside=dict(complaints.counts) | {"queries_now_history": converter.num_queries_now_history},
+        set_aside={NOW_HISTORY: 0} | dict(complaints.counts),
     )
     manifest.write(out)
     return manifest

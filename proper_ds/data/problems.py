@@ -13,6 +13,8 @@ from proper_ds.data.config import Strictness
 from proper_ds.errors import DataError
 
 NUM_SHOWN = 10
+NOW_HISTORY = "queries_now_history"
+"""Kind of complaint, never refused: training questions that a later split's history of the same user holds already."""
 
 
 class BadRecord(Exception):  # noqa: N818 - a signal between reader and collector, never shown
@@ -24,7 +26,7 @@ class Complaint:
     """One record that cannot be used.
 
     Attributes:
-        kind: `bad` or `leak`: what decides whether it is refused.
+        kind: `bad` or `leak`, which may be refused, or NOW_HISTORY.
         record: position in the file, from 1; 0 where the file as a whole is meant.
     """
 
@@ -50,7 +52,7 @@ class Complaints:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.counts: Counter[str] = Counter()
-        self._first: dict[str, list[Complaint]] = {"bad": [], "leak": []}
+        self._first: dict[str, list[Complaint]] = {}
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Complaints:
@@ -71,8 +73,9 @@ class Complaints:
         """Note one record."""
         assert self._file is not None, "open the collector first"
         self.counts[complaint.kind] += 1
-        if len(self._first[complaint.kind]) < NUM_SHOWN:
-            self._first[complaint.kind].append(complaint)
+        first = self._first.setdefault(complaint.kind, [])
+        if len(first) < NUM_SHOWN:
+            first.append(complaint)
         self._file.write(json.dumps(asdict(complaint), ensure_ascii=False) + "\n")
 
     def settle(self, bad: Strictness, leaks: Strictness) -> None:

@@ -103,11 +103,28 @@ def read_parquet(path: Path, split: str | None, complain: Complain) -> Iterator[
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=256):
-                    for row in batch.to_pylist():
+                    for row in _rows_of(batch):
                         position += 1
-                        yield position, row
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                        if row is None:
+                            complain(Complaint("bad", str(path), position, "", "holds invalid UTF-8"))
+                        else:
+                            yield position, row
+        except pyarrow.ArrowException as error:
             text = " ".join(str(error).split())[:120]
             complain(Complaint("bad", str(path), 0, "", f"cannot be read after record {position} ({text})"))
 
     yield from _made(rows(), lambda v, f, p, _: plain_row(v, f, p, split), path, split or "", complain)
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a record batch; None for one whose text is no UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for row in range(batch.num_rows):
+        try:
+            yield batch.slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            yield None

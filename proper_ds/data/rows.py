@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from proper_ds.data.files import has_bad_text
+from proper_ds.data.files import has_bad_text, stem_of
 from proper_ds.data.problems import BadRecord
 from proper_ds.data.records import RawGold, RawQuestion
 
@@ -59,13 +60,14 @@ def checked_record(record: Any) -> dict[str, Any]:
 def lamp_question(record: Any, file: str, position: int, split: str) -> RawQuestion:
     """A record of `*_questions.json`: `id`, `input`, `profile`, and in some splits `user_id` and `date`."""
     record = checked_record(record)
+    folder = Path(file).absolute().parent.name
     key = text_of(record, "id", "every question needs an id that its gold answer repeats")
     user = optional_text(record, "user_id", "user")
     return RawQuestion(
         file,
         position,
         key,
-        user or f"{split}:{key}",  # LaMP's user-based split has one question a user and no name for the user
+        user or f"{folder}:{split}:{key}",  # LaMP's user-based split has one question a user and no name for the user
         split,
         text_of(record, "input", "the question's text"),
         history_of(record.get("profile"), "profile"),
@@ -91,11 +93,15 @@ def plain_row(record: Any, file: str, position: int, split: str | None) -> RawQu
         raise BadRecord("an `answer` without a `query`")
     if not query and not history:
         raise BadRecord("neither `query` nor `history`")
-    row_split = optional_text(record, "split") or split or "train"
+    row_split = optional_text(record, "split") or split
+    if row_split is None:
+        raise BadRecord(
+            "of no split: name the file after one (train.jsonl, dev-part2.jsonl), or give each row a `split`"
+        )
     return RawQuestion(
         file,
         position,
-        optional_text(record, "id") or f"{row_split}-{position}",
+        optional_text(record, "id") or f"{stem_of(Path(file))}-{position}",
         user,
         row_split,
         query,

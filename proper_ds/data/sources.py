@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,15 @@ def _find_source(path: Path, config: DataConfig) -> Source:
     chosen = [file for file in files if file.name.removesuffix(".gz").endswith(ending)]
     if not chosen:
         raise DataError(f"data.path {path} holds no *{ending} file, which data.format={found} asks for")
-    questions = tuple((file, stem_of(file) if stem_of(file) in SPLITS else None) for file in chosen)
+    questions = tuple((file, split_of(file)) for file in chosen)
     declared = config.task or str(info.get("task", "generic"))
     return Source(path, found, questions, (), info, declared)
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file of rows is named after: `dev` for dev.jsonl and dev-00000-of-00001.parquet, else None."""
+    word = re.split(r"[-._]", stem_of(file), maxsplit=1)[0]
+    return word if word in SPLITS else None
 
 
 def _guess_format(files: list[Path]) -> str | None:

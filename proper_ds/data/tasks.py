@@ -210,4 +210,6 @@ def query_text(task: Task, question: str, instruction: str) -> str:
     if task.lamp_id == "LaMP_1":
         pair = candidates(question)
         return " ".join(pair) if pair else question
-    return question.removeprefix(instruction)
+    if question.startswith(instruction):
+        return question.removeprefix(instruction)
+    return question.partition(task.marker)[2] if task.marker and task.marker in question else question

@@ -5,7 +5,7 @@ A stage whose folder holds a result with the same fingerprint is skipped; see `r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from proper_ds.data.manifest import Manifest
@@ -182,7 +182,7 @@ def _manifest_digest(config: RunConfig) -> Any:
 
     assert config.data.prepared is not None
     manifest = Manifest.read(Path(config.data.prepared))
-    return [[shard.digest for shard in manifest.shards], sorted(manifest.tasks)]
+    return [[shard.digest for shard in manifest.shards], [asdict(task) for task in manifest.tasks.values()]]
 
 
 def prepared_path(config: RunConfig) -> Path:

@@ -80,6 +80,8 @@ def test_time_based_split_teaches_old_questions_as_history(lamp_folder, tmp_path
     assert [item.text for item in user.history] == ["first", "second"]
     assert [q.id for q in user.queries] == ["q2"]
     assert data.manifest.set_aside["queries_now_history"] == 1
+    (listed,) = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").open()]
+    assert (listed["id"], listed["kind"]) == ("q1", "queries_now_history")
 
 
 def test_the_shared_data_sets_have_no_leaks(shared_data, tmp_path):
@@ -97,3 +99,12 @@ def test_short_answers_of_a_generic_task_may_recur(tmp_path, answer, leaks):
             run(path, tmp_path / "out")
     else:
         assert run(path, tmp_path / "out").manifest.num_users == 1
+
+
+def test_one_odd_wording_does_not_blind_the_guard(lamp_folder, tmp_path):
+    own = [{"id": "a", "text": "a fine film", "score": "4"}]
+    questions = [lamp3("1", "u", "a fine film", own) | {"input": "Rate it now. review: a fine film"}]
+    questions += [lamp3("2", "v", "x", []) | {"input": "Worded otherwise"}]
+    folder = lamp_folder(questions, [{"id": n, "output": "4"} for n in "12"], task="LaMP_3")
+    with pytest.raises(DataError, match="the same input text"):
+        run(folder, tmp_path / "out")

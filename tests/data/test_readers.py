@@ -14,6 +14,7 @@ from proper_ds.data.config import DataConfig
 from proper_ds.data.manifest import MANIFEST
 from proper_ds.data.prepare import PROBLEMS_FILE, prepare
 from proper_ds.data.prepared import PreparedData
+from proper_ds.data.prompts import history_prompt
 from proper_ds.errors import DataError
 from tests.fakes import write_json
 
@@ -67,7 +68,10 @@ def test_lamp_with_user_and_date(lamp_folder, tmp_path, ending):
 
 def test_lamp_without_user_makes_each_question_a_user(lamp_folder, tmp_path):
     questions, golds = [news(1), news(2)], [{"id": "1", "output": "sports"}, {"id": "2", "output": "sports"}]
-    assert [u.key for u in run(lamp_folder(questions, golds), tmp_path / "out").users()] == ["train:1", "train:2"]
+    assert [u.key for u in run(lamp_folder(questions, golds), tmp_path / "out").users()] == [
+        "lamp:train:1",
+        "lamp:train:2",
+    ]
 
 
 def test_test_split_without_outputs_has_hidden_answers(lamp_folder, tmp_path):
@@ -267,3 +271,91 @@ def test_memory_does_not_grow_with_the_number_of_users(tmp_path):
     peak(100)  # imports
     small, large = peak(2000), peak(8000)
     assert large < 1.2 * small, (small, large)
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def plain(user, query="q", answer="x", **more):
+    return {"user": user, "history": [{"input": "a", "output": "b"}], "query": query, "answer": answer} | more
+
+
+def test_people_without_a_name_in_two_data_sets_stay_apart(lamp_folder, tmp_path):
+    for name in ("one", "two"):
+        question = news(1, None) | {"input": f"text of {name}"}
+        question.pop("user_id", None)
+        folder = lamp_folder([question], [{"id": "1", "output": "sports"}], folder=name)
+        write_json(folder / "info.json", {"name": name, "task": "LaMP_2"})
+    prepare(DataConfig(path=[str(tmp_path / "one"), str(tmp_path / "two")]), tmp_path / "out")
+    users = list(PreparedData(tmp_path / "out").users())
+    assert [user.key for user in users] == ["one:train:1", "two:train:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("dev-00000-of-00001", "dev"), ("validation", "validation"), ("train_2", "train"), ("test.part1", "test")],
+)
+def test_files_are_named_after_their_split(tmp_path, name, split):
+    path = jsonl(tmp_path / "in" / f"{name}.jsonl", [plain("u")])
+    (user,) = run(path.parent, tmp_path / "out").users()
+    assert [query.split for query in user.queries] == [split]
+
+
+def test_a_file_of_no_split_is_refused_unless_rows_name_theirs(tmp_path):
+    path = jsonl(tmp_path / "in" / "people.jsonl", [plain("u")])
+    with pytest.raises(DataError, match=r"of no split: name the file after one .train\.jsonl"):
+        run(path.parent, tmp_path / "out")
+    jsonl(path, [plain("u", split="dev")])
+    (user,) = run(path.parent, tmp_path / "out").users()
+    assert [query.split for query in user.queries] == ["dev"]
+
+
+def test_rows_without_id_in_several_files_are_all_kept(tmp_path):
+    for part in (1, 2):
+        jsonl(tmp_path / "in" / f"train-{part}.jsonl", [plain(f"u{part}{n}") for n in range(3)])
+    data = run(tmp_path / "in", tmp_path / "out")
+    assert data.manifest.num_users == 6
+    assert len({query.id for user in data.users() for query in user.queries}) == 6
+
+
+def test_generic_questions_keep_what_they_share(tmp_path):
+    """What all questions begin with may stand in the items, too: it must not be put before them once more."""
+    history = [{"input": "Review: nice", "output": "good"}]
+    rows = [{"user": f"u{n}", "history": history, "query": f"Review: film {n}", "answer": "bad"} for n in range(3)]
+    path = jsonl(tmp_path / "in" / "train.jsonl", rows)
+    data = run(path.parent, tmp_path / "out")
+    (task,) = data.manifest.tasks.values()
+    assert history_prompt(task, next(data.users()).history[0]) == "Review: nice"
+    rows[1]["query"] = "Review: nice"
+    jsonl(path, rows)
+    with pytest.raises(DataError, match="the same input text"):
+        run(path.parent, tmp_path / "out")
+
+
+def test_items_alike_are_kept_where_they_are_several(tmp_path):
+    alike = {"input": "a", "output": "b"}
+    numbered = [{"id": 1, "input": "c", "output": "d"}, {"id": 1, "input": "e", "output": "f"}]
+    rows = [plain("u", history=[alike, alike, *numbered]), plain("u", query="r", history=[alike])]
+    (user,) = run(jsonl(tmp_path / "in" / "train.jsonl", rows).parent, tmp_path / "out").users()
+    assert [item.text for item in user.history] == ["a", "a", "c", "e"]
+
+
+def test_half_an_emoji_is_one_bad_record(tmp_path):
+    path = jsonl(tmp_path / "in" / "train.jsonl", [plain("u"), plain("v", query="cut \ud83d"), plain("w")])
+    assert [u.key for u in run(path.parent, tmp_path / "out", bad_records="set_aside").users()] == ["u", "w"]
+
+
+def test_one_bad_row_of_parquet_loses_no_other(tmp_path):
+    texts = [b"fine", b"not \xff utf-8", b"fine, too"]
+    column = pa.Array.from_buffers(pa.string(), 3, pa.array(texts, pa.binary()).buffers())
+    table = pa.table({"user": ["u", "v", "w"], "query": column, "answer": ["x", "y", "z"]})
+    path = tmp_path / "in" / "train.parquet"
+    path.parent.mkdir()
+    pq.write_table(table, path)
+    data = run(path.parent, tmp_path / "out", bad_records="set_aside")
+    assert [user.key for user in data.users()] == ["u", "w"]
+    (problem,) = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").open()]
+    assert (problem["record"], problem["reason"]) == (2, "holds invalid UTF-8")

@@ -34,8 +34,7 @@ install-dev: .venv/installed-dev
 	touch $@
 
 quickstart: install
-	test -f $(OUT)/data/generated_ratings/info.json || \
-	  $(BIN)/proper-ds data generate --users $(USERS) --groups $(NUM_GROUPS) --seed 1 --out $(OUT)/data
+	$(BIN)/proper-ds data generate --users $(USERS) --groups $(NUM_GROUPS) --seed 1 --out $(OUT)/data
 	$(BIN)/proper-ds run cluster/runs/quickstart_cpu.yaml output_dir=$(OUT) \
 	  'data.path=[$(OUT)/data/generated_tags, $(OUT)/data/generated_ratings]' $(SET)
 

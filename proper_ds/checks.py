@@ -117,6 +117,9 @@ def _methods(config: RunConfig) -> list[Problem]:
             "The LoRA-aware router reads the user's LoRA on every group module: add them, or drop the proper methods."
         )
         problems.append(Problem("user.lora.target_modules", wrong, mend))
+    if "proper-released" in needs.presets and "history" not in config.group.train_on:
+        wrong = "without `history`, but proper-released has a row for each user, and would leave most of them untrained"
+        problems.append(Problem("group.train_on", wrong, "Add `history`, or drop the released methods."))
     if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:
         mend = "Remove it, or use `closed_labels: score`."
         problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))

@@ -192,7 +192,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     base = config.base
     if base.model and (Path(absolute(base.model)).exists() or base.model.startswith((".", "/", "~"))):
         base = base.model_copy(update={"model": absolute(base.model)})
-    distributed = config.distributed.model_copy(update={"deepspeed": absolute(config.distributed.deepspeed)})
+    deepspeed = absolute(config.distributed.deepspeed)
+    uploaded = Path(config.distributed.deepspeed).expanduser().resolve()
+    if not Path(deepspeed).exists() and uploaded.exists():  # in a job, ds_configs/ comes with the upload
+        deepspeed = str(uploaded)
+    distributed = config.distributed.model_copy(update={"deepspeed": deepspeed})
     return config.model_copy(
         update={
             "output_dir": absolute(config.output_dir),

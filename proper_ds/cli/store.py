@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from proper_ds.config import RunConfig, read_yaml, validate
 from proper_ds.errors import StoreError
 
 app = typer.Typer(no_args_is_help=True, help="The adapter store.")
@@ -33,23 +33,18 @@ def get(
     from proper_ds.model.adapter_file import peft_config, save_peft
     from proper_ds.store.store import AdapterStore
 
-    config = run_config(run)
+    if not (run / "config.yaml").exists():
+        raise StoreError(f"{run} is no run's folder: it has no config.yaml")
     folder = run / "store" / set
     if not folder.exists():
         held = sorted(path.name for path in (run / "store").glob("*")) if (run / "store").exists() else []
         raise StoreError(f"{run} has no set {set!r}; it has {', '.join(held) or 'none'}")
     store = AdapterStore(folder)
     row_P = store.get(user)
-    lora = config.user.lora
-    base = config.base.model or str(run / "base")
-    about = peft_config(store.layout, lora.target_modules, lora.lora_dropout, base, config.base.revision)
+    # what the population adapter was made for, whatever the run's YAML says by now
+    made_for = json.loads((run / "population/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    base = str(run / "base") if (run / "base").exists() else made_for["base_model_name_or_path"]
+    modules = sorted({module.name.rsplit(".", 1)[-1] for module in store.layout.modules})
+    about = peft_config(store.layout, modules, 0.0, base, made_for["revision"])
     save_peft(out, row_P, store.layout, about)
     typer.echo(f"adapter of user {user!r} ({store.layout.num_parameters:,} numbers): {out}")
-
-
-def run_config(run: Path) -> RunConfig:
-    """The resolved configuration that a run wrote down."""
-    path = run / "config.yaml"
-    if not path.exists():
-        raise StoreError(f"{run} is no run's folder: it has no config.yaml")
-    return validate(read_yaml(path), str(path))

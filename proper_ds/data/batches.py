@@ -31,7 +31,6 @@ class Batch:
 
     ids_RT: Tensor
     length_R: Tensor
-    num_prompt_R: Tensor
     row_K: Tensor
     position_K: Tensor
     target_K: Tensor
@@ -61,7 +60,6 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu", pad
     return Batch(
         ids_RT=tensor(ids),
         length_R=tensor(length),
-        num_prompt_R=tensor(num_prompt),
         row_K=tensor(row),
         position_K=tensor(position - 1),
         target_K=tensor(ids[row, position]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from proper_ds.data.manifest import Manifest
@@ -45,15 +44,6 @@ class PreparedData:
     def keys(self) -> list[str]:
         """All user keys, by index."""
         return [key for shard in self.manifest.shards for key in self._column(shard.file, "user")]
-
-    def num_history(self) -> np.ndarray:
-        """History items of each user, int32."""
-        parts = [self._column(shard.file, "num_history") for shard in self.manifest.shards]
-        return np.asarray([n for part in parts for n in part], dtype=np.int32)
-
-    def splits(self) -> list[frozenset[str]]:
-        """The splits in which each user has questions."""
-        return [frozenset(s) for shard in self.manifest.shards for s in self._column(shard.file, "splits")]
 
     def _column(self, file: str, name: str) -> list:
         return pq.read_table(self.folder / file, columns=[name]).column(name).to_pylist()

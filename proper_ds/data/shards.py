@@ -39,7 +39,6 @@ SCHEMA = pa.schema(
     [
         ("user", pa.string()),
         ("num_history", pa.int32()),
-        ("history_chars", pa.int64()),
         ("splits", pa.list_(pa.string())),
         ("history", pa.list_(_ITEM)),
         ("queries", pa.list_(_QUERY)),
@@ -52,7 +51,6 @@ def row_of(user: User) -> dict[str, object]:
     return {
         "user": user.key,
         "num_history": len(user.history),
-        "history_chars": sum(len(item.text) + len(item.answer) for item in user.history),
         "splits": sorted({query.split for query in user.queries}),
         "history": [{name: getattr(item, name) for name in item.__slots__} for item in user.history],
         "queries": [{name: getattr(query, name) for name in query.__slots__} for query in user.queries],

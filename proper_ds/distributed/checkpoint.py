@@ -57,11 +57,3 @@ class Checkpoints:
         if marker["fingerprint"] != self._fingerprint:
             return None
         return Checkpoint(int(marker["num_steps"]), load_file(self.folder / marker["file"]))
-
-    def clear(self) -> None:
-        """Remove all checkpoints: the stage's result is committed."""
-        (self.folder / MARKER).unlink(missing_ok=True)
-        for path in self.folder.glob("step-*.safetensors"):
-            path.unlink()
-        if self.folder.exists() and not any(self.folder.iterdir()):
-            self.folder.rmdir()

@@ -18,5 +18,3 @@ class DistributedConfig(Section):
     """Torch threads; results can differ in the last bit between numbers of threads."""
     max_restarts: int = Field(default=3, ge=0)
     """How often a stage restarts from its last checkpoint after losing a rank."""
-    start_timeout_s: float = Field(default=600, gt=0)
-    """How long to wait for the cluster to have room for all ranks."""

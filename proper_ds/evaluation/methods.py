@@ -81,6 +81,13 @@ class Needs:
     routers: tuple[str, ...]
     """LoRA-aware routers, by preset."""
 
+    @property
+    def stages(self) -> list[str]:
+        """Folders of all stages that a run of these methods has, in order; some may have been done elsewhere."""
+        found = ["prepared", "base", "tokens", "population", "features"]
+        found += [f"group/{name}" for name in self.presets] + [f"store/{name}" for name in self.adapter_sets]
+        return [*found, *(f"router/{name}" for name in self.routers), "predictions"]
+
 
 def needs_of(names: Sequence[str]) -> Needs:
     """The stages behind the methods called `names`, each once, in the order of the methods."""

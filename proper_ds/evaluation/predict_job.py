@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,9 +158,9 @@ class PredictJob:
     def _answer_batch(self, method: Method, task: TaskManifest, batch: list[Question]) -> Iterator[dict[str, Any]]:
         evaluation, tokens = self._context.config.evaluation, self._context.tokens
         rows, personal = self._rows(method, batch)
-        rows.gates = [] if method.preset else None
-        self._model.set_rows(rows)
         prompts = [q.prompt for q in batch]
+        gates = self._prompt_gates(rows, prompts) if method.preset else [[] for _ in batch]
+        self._model.set_rows(rows)
         scores: list[list[float]] = [[] for _ in batch]
         if task.labels is not None and evaluation.closed_labels == "score":
             scores = score_labels(self._model, prompts, tokens.labels(task.name)).tolist()
@@ -171,7 +171,6 @@ class PredictJob:
             room = evaluation.max_new_tokens or task.max_new_tokens
             made = generate(self._model, prompts, room, self._encoder.eos)
             answers = [self._parsed(task, self._encoder.decode(ids)) for ids in made]
-        gates = self._mean_gates(prompts) if method.preset and scores[0] else [[] for _ in batch]
         self._model.set_rows(Rows())
         for q, answer, own, score_L, gate in zip(batch, answers, personal, scores, gates, strict=True):
             yield {
@@ -223,8 +222,14 @@ class PredictJob:
                 return label
         return text
 
-    def _mean_gates(self, prompts: list[np.ndarray]) -> list[list[float]]:
+    def _prompt_gates(self, rows: Rows, prompts: list[np.ndarray]) -> list[list[float]]:
         """For each row the mean gates over its prompt, module after module."""
+        ids_RT = np.zeros((len(prompts), max(len(p) for p in prompts)), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids_RT[row, : len(prompt)] = prompt
+        self._model.set_rows(replace(rows, gates=[]))
+        with torch.no_grad():
+            self._model.hidden(torch.from_numpy(ids_RT).to(self._context.device))
         assert self._model.rows.gates is not None
         lengths = torch.tensor([len(p) for p in prompts], device=self._context.device)
         parts = []

@@ -6,11 +6,12 @@ Called by the run's last stage; everything is read from what earlier stages comm
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from proper_ds.evaluation.methods import METHODS
+from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
@@ -33,7 +34,8 @@ def write_report(context: RunContext) -> dict[str, Any]:
     write_lamp_files(table, manifest.tasks, methods, context.folder.stage("predictions").path)
     found = build_report(context, table)
     events, _ = read_events(context.folder.metrics)
-    write_text_atomic(root / "report.html", html_of(found, events))
+    stages = needs_of(methods).stages
+    write_text_atomic(root / "report.html", html_of(found, [event for event in events if event["stage"] in stages]))
     write_text_atomic(root / "report.md", markdown_of(found))
     write_json_atomic(root / "report.json", found)
     return found
@@ -54,6 +56,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
             "generated": task.generated,
             "metrics": {metric.name: metric.higher_is_better for metric in metrics_of(task)},
         }
+    stages = needs_of(names).stages
     methods = {m: {name: task["methods"].pop(m) for name, task in tasks.items()} for m in names}
     return {
         "run": str(context.folder.root),
@@ -72,8 +75,8 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "tasks": tasks,
         "users": _users(context, config),
         "experts": expert_use(table, names),
-        "router_jumps": _router_jumps(context),
-        "stages": _stages(context),
+        "router_jumps": _router_jumps(context, stages),
+        "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
     }
 
@@ -97,20 +100,20 @@ def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
     return {"num_users": manifest.num_users, "num_cold_users": manifest.num_cold_users, "sets": sets}
 
 
-def _router_jumps(context: RunContext) -> list[dict[str, Any]]:
+def _router_jumps(context: RunContext, stages: Collection[str]) -> list[dict[str, Any]]:
     events, _ = read_events(context.folder.metrics)
-    last = {event["stage"]: event for event in events if event.get("event") == "gates exchanged"}
+    last = {
+        event["stage"]: event
+        for event in events
+        if event.get("event") == "gates exchanged" and event["stage"] in stages
+    }
     return [
         {"stage": stage, "loss_user_gates": event["loss_user_gates"], "loss_lora_gates": event["loss_lora_gates"]}
         for stage, event in last.items()
     ]
 
 
-def _stages(context: RunContext) -> dict[str, float]:
-    """Seconds of each committed stage, by its folder."""
-    found = {}
-    for path in sorted(context.folder.root.glob("*/done.json")) + sorted(context.folder.root.glob("*/*/done.json")):
-        name = str(path.parent.relative_to(context.folder.root))
-        if not name.startswith("superseded"):
-            found[name] = float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-    return found
+def _seconds(context: RunContext, stages: Collection[str]) -> dict[str, float]:
+    """Seconds of each of the stages that was done here, by its folder."""
+    done = {name: context.folder.stage(name).inputs() for name in stages}
+    return {name: float(inputs["seconds"]) for name, inputs in done.items() if inputs is not None}

@@ -20,7 +20,7 @@ class Cluster:
 
     num_cpus: int
     num_gpus: int
-    num_nodes: int
+    cpus_by_node: tuple[int, ...]
 
     @property
     def on_gpu(self) -> bool:
@@ -29,7 +29,7 @@ class Cluster:
 
     def num_actors(self, fleet: FleetConfig) -> int:
         """Actors that fit, or as many as configured. Raises ConfigError where those do not fit."""
-        fitting = self.num_gpus if self.on_gpu else self.num_cpus // fleet.num_cpus_per_actor
+        fitting = self._fitting(fleet.num_cpus_per_actor)
         if fleet.num_actors == "auto":
             if fitting < 1:
                 self._refuse("fleet.num_cpus_per_actor", f"{fleet.num_cpus_per_actor}, but {self}", "Lower it.")
@@ -41,10 +41,14 @@ class Cluster:
 
     def check_ranks(self, num_ranks: int, num_cpus_per_rank: int) -> None:
         """Raise ConfigError where so many ranks do not fit."""
-        fitting = self.num_gpus if self.on_gpu else self.num_cpus // num_cpus_per_rank
+        fitting = self._fitting(num_cpus_per_rank)
         if num_ranks > fitting:
             mend = f"Use at most {fitting}, or a larger cluster."
             self._refuse("distributed.num_ranks", f"{num_ranks} ranks, but {self}", mend)
+
+    def _fitting(self, num_cpus: int) -> int:
+        """Processes of so many CPUs that the nodes can hold; one is never spread over two nodes."""
+        return self.num_gpus if self.on_gpu else sum(cpus // num_cpus for cpus in self.cpus_by_node)
 
     @staticmethod
     def _refuse(key: str, wrong: str, mend: str) -> None:
@@ -52,7 +56,8 @@ class Cluster:
 
     def __str__(self) -> str:
         """For messages."""
-        nodes = f"{self.num_nodes} node" + ("s" if self.num_nodes != 1 else "")
+        num_nodes = len(self.cpus_by_node)
+        nodes = f"{num_nodes} node" + ("s" if num_nodes != 1 else "")
         return f"the cluster has {self.num_cpus} CPUs and {self.num_gpus} GPUs on {nodes}"
 
 
@@ -70,7 +75,7 @@ def ray_cluster() -> Iterator[Cluster]:
     )
     try:
         has = ray.cluster_resources()
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        yield Cluster(int(has.get("CPU", 0)), int(has.get("GPU", 0)), len(nodes))
+        cpus_by_node = tuple(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+        yield Cluster(int(has.get("CPU", 0)), int(has.get("GPU", 0)), cpus_by_node)
     finally:
         ray.shutdown()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,11 +12,13 @@ from proper_ds.section import Section
 class FleetConfig(Section):
     """Actors share nothing but the store, so their number changes no result."""
 
-    num_actors: int | Literal["auto"] = "auto"
+    num_actors: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """`auto`: one for each GPU of the cluster, or for each CPU where there is none."""
     num_cpus_per_actor: int = Field(default=1, ge=1)
     num_threads_per_actor: int = Field(default=1, ge=1)
     """Torch threads; results can differ in the last bit between numbers of threads."""
+    start_timeout_s: float = Field(default=600, gt=0)
+    """How long to wait for the cluster to have room for the first actor."""
     num_tokens_per_unit: int = Field(default=200_000, ge=1)
     """Size of a work unit (a fixed set of users committed together), in tokens of one epoch."""
     max_retries: int = Field(default=3, ge=0)

@@ -27,12 +27,14 @@ class Outcome:
         worker: number of the worker that had it.
         report: what the job returned; None where it failed.
         error: what it raised; None where the worker died.
+        loss: what is known of a worker's death.
     """
 
     worker: int
     unit: Unit
     report: dict[str, Any] | None
     error: BaseException | None = None
+    loss: str = ""
 
 
 class Pool(Protocol):
@@ -66,6 +68,7 @@ class Controller:
         policy: FailurePolicy,
         on_done: Callable[[Unit, dict[str, Any]], None],
     ) -> None:
+        assert pool.num_workers > 0, "a pool without workers never ends its units"
         self._waiting = deque(units)
         self._pool, self._policy, self._on_done = pool, policy, on_done
         self._at: list[list[Unit]] = [[] for _ in range(pool.num_workers)]
@@ -107,7 +110,10 @@ class Controller:
         name = f"{outcome.unit.part} {outcome.unit.name}".strip()
         self._attempts[name] = self._attempts.get(name, 0) + 1
         failure = Failure(name, outcome.error, self._attempts[name])
-        why = "its worker died" if outcome.error is None else f"{type(outcome.error).__name__}: {outcome.error}"
+        if outcome.error is None:
+            why = "its worker died" + (f" ({outcome.loss})" if outcome.loss else "")
+        else:
+            why = f"{type(outcome.error).__name__}: {outcome.error}"
         if self._policy.decide(failure) is Decision.STOP:
             if isinstance(outcome.error, ProperError):
                 raise outcome.error

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from proper_ds.errors import FleetError
 from proper_ds.fleet.cluster import Cluster
 from proper_ds.fleet.controller import Outcome
 from proper_ds.fleet.plan import Unit
@@ -30,6 +31,7 @@ class RayPool:
         self._num_started = 0
         self._running: dict[ray.ObjectRef, tuple[int, Unit]] = {}
         self._actors = [self._start() for _ in range(cluster.num_actors(config.fleet))]
+        self._await_the_first()
 
     def _start(self) -> Any:
         who = f"{self._stage} actor {self._num_started}"
@@ -37,6 +39,17 @@ class RayPool:
         fleet = self._config.fleet
         remote = ray.remote(num_cpus=fleet.num_cpus_per_actor, num_gpus=1 if self._on_gpu else 0)(UnitWorker)
         return remote.remote(self._entry, self._config, self._options, who)
+
+    def _await_the_first(self) -> None:
+        """Raise FleetError where no actor finds room in time; one that dies at once counts as started."""
+        timeout_s = self._config.fleet.start_timeout_s
+        started, _ = ray.wait([actor.__ray_ready__.remote() for actor in self._actors], timeout=timeout_s)
+        if not started:
+            self.close()
+            raise FleetError(
+                f"{self._stage}: no actor could start within fleet.start_timeout_s = {timeout_s:g}:"
+                " the cluster is busy. Run the same command again when it has room"
+            )
 
     @property
     def num_workers(self) -> int:
@@ -55,12 +68,12 @@ class RayPool:
             worker, unit = self._running.pop(ref)
             try:
                 outcomes.append(Outcome(worker, unit, ray.get(ref)))
-            except RayActorError:
-                outcomes.append(Outcome(worker, unit, None))
             except RayTaskError as error:
                 cause = error.as_instanceof_cause()
                 get_logger().error("%s %s: %s", self._stage, unit.name, error)
                 outcomes.append(Outcome(worker, unit, None, cause))
+            except RayError as error:  # killed, its node lost, out of memory, no start
+                outcomes.append(Outcome(worker, unit, None, loss=_last_line(error)))
         return outcomes
 
     def replace(self, worker: int) -> None:
@@ -72,6 +85,11 @@ class RayPool:
         """End the actors; what they committed stays."""
         for actor in self._actors:
             ray.kill(actor)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 @contextmanager

@@ -99,6 +99,11 @@ class PersonalModel(nn.Module):
             module.group = mixtures.get(name) if mixtures is not None else None
             module.dropout[_GROUP] = dropout
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any addition drops out, so that rows need their keys."""
+        return any(any(module.dropout) for module in self.adapted.values())
+
     def hidden(self, ids_RT: Tensor) -> Tensor:
         """Last hidden states [R, T, D] of right-padded rows.
 

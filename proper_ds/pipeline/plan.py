@@ -16,6 +16,7 @@ from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.prompts import PromptEncoder, history_prompt
 from proper_ds.distributed.ds_config import read_ds_file, zero_stage
+from proper_ds.errors import AdapterError, ConfigError, Problem
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.base import find_targets, load_tokenizer
 from proper_ds.model.lora import LoraLayout
@@ -49,7 +50,7 @@ def plan_lines(config: RunConfig, view: ProgressView) -> list[str]:
     for name, task in manifest.tasks.items():
         labels = f"{len(task.labels)} labels" if task.labels else "open answers"
         lines.append(f"task         {name}: {task.lamp_id}, {labels}" + (", GENERATED data" if task.generated else ""))
-    lm = skeleton(config)
+    lm = check_inputs(config, manifest)
     size = sum(p.numel() for p in lm.parameters())
     lines.append(f"base         {config.base.model or 'created here'}: {type(lm).__name__}, {size:,} parameters")
     lines.append(_tokens_line(config, manifest))
@@ -57,6 +58,32 @@ def plan_lines(config: RunConfig, view: ProgressView) -> list[str]:
     lines += _worker_lines(config)
     lines.append("stages       " + ", ".join(_state(stage, folder) for stage in stages))
     return lines
+
+
+def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) -> Any:
+    """What only data and base together can tell, before anything is trained; returns the base's modules.
+
+    Args:
+        evaluates: whether questions are to be answered, so that there must be some.
+
+    Raises:
+        UserError: where the data lacks a split, or the base lacks a targeted module or is too short.
+    """
+    has = ", ".join(manifest.splits) or "none"
+    wanted = {"data.train_split": config.data.train_split}
+    if evaluates:
+        wanted["evaluation.split"] = config.evaluation.split
+    problems = [
+        Problem(key, f"the data has no questions of split {split!r}", f"It has {has}.")
+        for key, split in wanted.items()
+        if split not in manifest.splits
+    ]
+    if problems:
+        raise ConfigError("data", problems)
+    lm = skeleton(config)
+    for section in (config.population, config.group, config.user):
+        find_targets(lm, section.lora.target_modules)
+    return lm
 
 
 def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: ProgressView) -> Manifest:
@@ -73,8 +100,6 @@ def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: Pro
 def skeleton(config: RunConfig) -> Any:
     """The base's modules without weights. Raises AdapterError where its configuration cannot be loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from proper_ds.errors import AdapterError
 
     create = config.base.create
     if create is not None:

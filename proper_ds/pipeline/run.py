@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from proper_ds.data.prepare import prepare
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import tokenize
 from proper_ds.errors import UserError
+from proper_ds.files import write_json_atomic
 from proper_ds.fleet.cluster import Cluster, ray_cluster
 from proper_ds.fleet.controller import Controller
 from proper_ds.fleet.gang import run_gang
@@ -23,11 +25,12 @@ from proper_ds.fleet.pool import ray_pool
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
+from proper_ds.pipeline.plan import check_inputs
 from proper_ds.pipeline.record import record_run
 from proper_ds.pipeline.stages import STEPS, Stage, StageList
 from proper_ds.run_folder import RunFolder
 from proper_ds.store.catalog import Catalog
-from proper_ds.training.context import RunContext
+from proper_ds.training.context import RunContext, base_dtype
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
 from proper_ds.training.selection import users_with_queries
@@ -48,6 +51,7 @@ class Run:
         self.metrics = MetricsFile(self.folder.metrics)
         self._stack: ExitStack | None = None
         self._cluster: Cluster | None = None
+        self._is_checked, self._evaluates = False, True
 
     def run(self, steps: Sequence[str] | None = None) -> bool:
         """Do every stage that is not done, or only those of `steps`; True where the report is up to date then.
@@ -56,6 +60,7 @@ class Run:
             UserError: where a step is unknown, or lacks the result of one before it.
         """
         chosen = _checked_steps(steps)
+        self._evaluates = "evaluate" in chosen
         with ExitStack() as stack:
             self._stack = stack
             stack.enter_context(self.folder.locked())
@@ -84,9 +89,26 @@ class Run:
             assert self._stack is not None
             self._cluster = self._stack.enter_context(ray_cluster())
             get_logger().info("Ray: %s", self._cluster)
+            self._settle_dtype(self._cluster.on_gpu)
         return self._cluster
 
+    def _settle_dtype(self, on_gpu: bool) -> None:
+        """Keep a run that `base.dtype: auto` began in one type from going on in another, unit by unit."""
+        now = str(base_dtype(self.config.base, on_gpu)).removeprefix("torch.")
+        path = self.folder.root / "dtype.json"
+        if path.exists():
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            if self.config.base.dtype == "auto" and begun != now:
+                raise UserError(
+                    f"base.dtype auto means {now} here, but {self.folder.root} was begun in {begun} on another kind of"
+                    f" machine; set base.dtype={begun} to go on, or give another output_dir"
+                )
+        write_json_atomic(path, now)
+
     def _do(self, step: str, missing: list[Stage]) -> None:
+        if step not in ("prepare", "report") and not self._is_checked:
+            check_inputs(self.config, self.context.prepared.manifest, self._evaluates)
+            self._is_checked = True
         for stage in missing:
             if self.folder.stage(stage.name).begin(stage.fingerprint):
                 get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
@@ -228,6 +250,7 @@ class Run:
         if pending:
             with ray_pool(entry, self.config, options, step, self.cluster()) as pool:
                 Controller(pending, pool, FailurePolicy(self.config.fleet.max_retries), on_done).run()
+        assert done == total, f"{step}: {done} of {total} users are committed"
 
 
 def _checked_steps(steps: Sequence[str] | None) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from proper_ds.distributed.ranks import Ranks
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupStage
 from proper_ds.training.population import PopulationStage
-from proper_ds.training.rank_stage import RankStage, run_rank_stage
+from proper_ds.training.rank_stage import CHECKPOINT, RankStage, run_rank_stage
 from proper_ds.training.router import RouterStage
 
 if TYPE_CHECKING:
@@ -31,5 +32,7 @@ def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:
         start_s = time.perf_counter()
         run_rank_stage(make_stage(name, context), ranks, fingerprint)
         if ranks.is_first:
-            context.folder.stage(name).commit(fingerprint, settings, time.perf_counter() - start_s)
+            place = context.folder.stage(name)
+            place.commit(fingerprint, settings, time.perf_counter() - start_s)
+            shutil.rmtree(place.path / CHECKPOINT, ignore_errors=True)  # after the commit: a kill between costs nothing
         ranks.barrier()

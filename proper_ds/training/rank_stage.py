@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import Ranks
-from proper_ds.errors import FleetError
+from proper_ds.errors import ConfigError, FleetError
 from proper_ds.files import seed_of
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
@@ -29,6 +28,9 @@ from proper_ds.training.rank_batch import RankBatch
 from proper_ds.training.schedule import learning_rate
 
 Tensor = torch.Tensor
+
+CHECKPOINT = "checkpoint"
+"""A stage's folder of checkpoints, removed once its result is committed."""
 
 
 class RankStage(ABC):
@@ -73,7 +75,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     config, settings = stage.context.config, stage.settings
     plan = make_plan(stage, ranks.num_ranks)
     folder = stage.context.folder.stage(stage.name).path
-    checkpoints = Checkpoints(folder / "checkpoint", fingerprint)
+    checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint)
     metrics = MetricsFile(stage.context.folder.metrics)
     checkpoint = checkpoints.latest()
     if checkpoint is not None:
@@ -84,13 +86,13 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     raw = read_ds_file(config.distributed.deepspeed)
     bf16 = stage.context.dtype == torch.bfloat16
     ds_config, problems = resolve_ds(raw, stage.section, settings, ranks.num_ranks, bf16)
-    assert not problems, problems
+    if problems:  # base.dtype `auto` is known only here
+        raise ConfigError(f"{config.distributed.deepspeed} on {ranks.device.type}", problems)
     engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks)
     _train(stage, engine, plan, checkpoints, checkpoint, metrics)
     weights = engine.weights()
     if ranks.is_first:
         stage.finish(weights, folder)
-        checkpoints.clear()
     ranks.barrier()
     engine.close()
 
@@ -197,6 +199,3 @@ class _Window:
             )
         self._sums, self._num_targets, self._num_rows, self._num = {}, 0, 0, 0
         self._start_s = time.perf_counter()
-
-
-StageFactory = Callable[[RunContext], RankStage]

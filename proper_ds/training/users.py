@@ -171,7 +171,7 @@ class _Pool:
             assert len(vectors) == len(slots), "either every user has a vector or none"
             rows.user_RU = torch.stack(vectors).to(device)
         rows.table_R = torch.tensor([slot.task.table_line for slot in slots], device=device)
-        if self.settings.lora.lora_dropout:
+        if self.model.has_dropout:
             keys = [slot.dropout_key(example) for slot, example in zip(slots, examples, strict=True)]
             rows.key_R = torch.tensor(keys, dtype=torch.int64, device=device)
         return rows

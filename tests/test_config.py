@@ -181,3 +181,19 @@ def test_constraints_name_one_version_each_and_agree_with_pyproject():
     assert len(pins) == len(set(pins))
     assert "torch==2.13.0" in lines
     assert Path(REPO / "LICENSE").read_text().lstrip().startswith("Apache License")
+
+
+@pytest.mark.parametrize("number", ["0", "-2", "many"])
+def test_a_fleet_needs_actors(load, number):
+    assert set(problems(load, f"fleet.num_actors={number}")) == {"fleet.num_actors"}
+
+
+def test_released_groups_need_every_users_history(load):
+    assert "history" in problems(load, "group.train_on=[queries]")["group.train_on"]
+    assert load(GOOD, "group.train_on=[queries]", "evaluation.methods=[base, proper]")
+
+
+def test_deepspeed_files_of_an_upload_are_found_where_the_job_runs(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("PROPER_DS_ROOT", str(tmp_path))
+    assert load().distributed.deepspeed == str(REPO / "ds_configs/zero2.json")

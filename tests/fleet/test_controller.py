@@ -137,3 +137,8 @@ def test_units_cover_all_users_with_tokens_once_in_order(costs, size):
 def test_the_plan_does_not_depend_on_who_runs_it():
     costs = np.random.default_rng(1).integers(0, 100, 500)
     assert plan_units(costs, 700) == plan_units(costs.copy(), 700)
+
+
+def test_a_pool_without_workers_is_our_mistake():
+    with pytest.raises(AssertionError, match="without workers"):
+        run(FakePool(0, None), 3)

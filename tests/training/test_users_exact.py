@@ -50,12 +50,22 @@ def _layout(lm, settings):
     return LoraLayout.of(find_targets(lm, settings.lora.target_modules), settings.lora)
 
 
-def _train_together(dtype, settings, group=None):
+def _random_group(settings, preset):
+    probe = tiny_llama(dtype=torch.float64)
+    sizes = {"feature_size": 4, "user_vector_size": 6} if preset == "proper" else {"num_users": len(HISTORIES)}
+    group = GroupLevel(_layout(probe, settings), PRESETS[preset], 3, seed=2, **sizes)
+    generator = torch.Generator().manual_seed(9)
+    for p in group.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.2
+    return group.requires_grad_(False)
+
+
+def _train_together(dtype, settings, group=None, group_dropout=0.0):
     lm = tiny_llama(dtype=dtype)
     layout = _layout(lm, settings)
     model = PersonalModel(lm, find_targets(lm, settings.lora.target_modules))
     if group is not None:
-        model.attach_groups(group.to(dtype).by_module())
+        model.attach_groups(group.to(dtype).by_module(), group_dropout)
     tasks = _tasks()
     if group is not None:
         vectors = torch.randn(len(tasks), 6, generator=torch.Generator().manual_seed(5)).to(dtype)
@@ -141,13 +151,7 @@ def test_losses_equal_peft_alone_in_fp32(targets):
 def test_each_user_equals_peft_alone_on_frozen_groups(preset):
     """PEFT wraps the linear inside our module, so the group term is ours and the user term is PEFT's."""
     settings = _settings(["gate_proj", "up_proj", "down_proj"])
-    probe = tiny_llama(dtype=torch.float64)
-    sizes = {"feature_size": 4, "user_vector_size": 6} if preset == "proper" else {"num_users": len(HISTORIES)}
-    group = GroupLevel(_layout(probe, settings), PRESETS[preset], 3, seed=2, **sizes)
-    generator = torch.Generator().manual_seed(9)
-    for p in group.parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.2
-    group.requires_grad_(False)
+    group = _random_group(settings, preset)
     layout, tasks, results = _train_together(torch.float64, settings, group)
 
     lm = tiny_llama(dtype=torch.float64)
@@ -204,6 +208,19 @@ def test_dropout_is_the_users_own():
     for a, b, c in zip(many, one, plain, strict=True):
         assert (a.row_P - b.row_P).abs().max() < 1e-12
         assert (a.row_P - c.row_P).abs().max() > 1e-3
+
+
+def test_the_groups_own_dropout_is_on_where_users_have_none():
+    settings = _settings(["gate_proj", "up_proj", "down_proj"])
+
+    def train(group_dropout, num_slots=3):
+        changed = settings.model_copy(update={"num_slots": num_slots})
+        return _train_together(torch.float64, changed, _random_group(settings, "proper"), group_dropout)[2]
+
+    plain, dropped, alone = train(0.0), train(0.5), train(0.5, num_slots=1)
+    for a, b, c in zip(plain, dropped, alone, strict=True):
+        assert (a.row_P - b.row_P).abs().max() > 1e-3
+        assert (b.row_P - c.row_P).abs().max() < 1e-12
 
 
 def test_a_bad_user_is_given_up_alone():

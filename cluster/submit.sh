@@ -7,7 +7,7 @@
 #   PROPER_DS_PYTHON        the Python that has proper_ds's packages on the cluster (default: python)
 #   DRY_RUN=1               print size and command, send nothing
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 yaml=$1; shift
 [ -f "$yaml" ] || { echo "submit: $yaml is no file" >&2; exit 2; }
@@ -16,7 +16,8 @@ case $yaml in ../*) echo "submit: $yaml must lie inside $root, which is what get
 
 address=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 python=${PROPER_DS_PYTHON:-python}
-excludes=(.git .venv runs '**/__pycache__' '.*_cache' '.hypothesis' '*.egg-info' tests docs)
+# as in .gitignore, which Ray heeds as well: a leading slash means this folder only
+excludes=(/.git /.venv /runs /tests /docs '**/__pycache__' '.*_cache' '.hypothesis' '*.egg-info')
 env_vars=(PROPER_DS_ROOT "$PWD")
 for name in HF_HUB_OFFLINE HF_HOME HF_TOKEN NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME; do
   [ -n "${!name:-}" ] && env_vars+=("$name" "${!name}")
@@ -33,5 +34,7 @@ size=$(cd "$root" && tar -c --exclude=./.git --exclude=./.venv --exclude=./runs 
 command=(ray job submit --address "$address" --working-dir "$root" --runtime-env-json "$runtime_env" --
   "$python" -m proper_ds run "$yaml" "$@")
 echo "upload: about $((size / 1024)) kB from $root"
-echo "command: ${command[*]}"
-[ -n "${DRY_RUN:-}" ] || exec "${command[@]}"
+echo "command:$(printf ' %q' "${command[@]}")"
+[ -z "${DRY_RUN:-}" ] || exit 0
+command -v ray > /dev/null || { echo "submit: no \`ray\` on PATH; try PATH=$root/.venv/bin:\$PATH" >&2; exit 2; }
+exec "${command[@]}"

@@ -135,7 +135,7 @@ def _deepspeed(config: RunConfig) -> list[Problem]:
     except (OSError, ValueError) as error:
         return [Problem(key, str(error), "Give the path of a DeepSpeed JSON, such as ds_configs/zero2.json.")]
     if zero_stage(raw) not in (0, 1, 2, 3):
-        return [Problem(key, f"ZeRO stage {zero_stage(raw)} does not exist", "Use 0, 1, 2 or 3.")]
+        return [Problem(key, f"ZeRO stage {zero_stage(raw)} does not exist", "Use 0, 1, 2 or 3, and check again.")]
     bf16 = config.base.dtype == "bfloat16" or (config.base.dtype == "auto" and _bf16_given(raw))
     found: dict[str, Problem] = {}
     for name, stage in _rank_stages(config):

@@ -54,7 +54,10 @@ class RunFolder:
         Raises:
             UserError: where another driver is at work in this folder, naming it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {self.root} cannot be made ({error.strerror}); give another") from None
         with (self.root / ".lock").open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -63,9 +63,16 @@ def problems_of(model: type[BaseModel], error: ValidationError) -> list[tuple[tu
             found[loc] = Problem(".".join(loc), "not set", f"Give it in the YAML or as `{'.'.join(loc)}=VALUE`.")
         else:
             message = item["msg"].removeprefix("Value error, ").rstrip(".")
-            if loc in found:  # a choice of types complains once for each of them
-                message = f"{found[loc].mend.rstrip('.')}; or: {message}"
-            found[loc] = Problem(".".join(loc), f"{given!r} is not legal", f"{message}.")
+            if kind == "model_type":
+                message = "Give a section of keys"
+            wrong = f"{given!r} is not legal"
+            if loc in found:  # a choice of types complains once for each of them, a list once for each element
+                before = found[loc]
+                message = (
+                    before.mend.rstrip(".") if message in before.mend else f"{before.mend.rstrip('.')}; or: {message}"
+                )
+                wrong = before.wrong if repr(given) in before.wrong else f"{given!r}, {before.wrong}"
+            found[loc] = Problem(".".join(loc), wrong, f"{message}.")
     return list(found.items())
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
+
+import pytest
 
 from tests.conftest import REPO
 
@@ -26,10 +29,11 @@ def test_it_sends_little_and_the_same_command():
     assert done.returncode == 0, done.stderr
     size_kb = int(re.search(r"about (\d+) kB", done.stdout).group(1))
     assert size_kb < 2000
-    assert "ray job submit --address http://head:1" in done.stdout
-    assert done.stdout.rstrip().endswith("-m proper_ds run cluster/runs/quickstart_cpu.yaml seed=7")
-    about = json.loads(re.search(r"--runtime-env-json (\{.*\}) -- ", done.stdout).group(1))
-    assert {".git", ".venv", "runs"} <= set(about["excludes"])
+    command = shlex.split(done.stdout.split("command:")[1])
+    assert command[:5] == ["ray", "job", "submit", "--address", "http://head:1"]
+    assert command[-5:] == ["-m", "proper_ds", "run", "cluster/runs/quickstart_cpu.yaml", "seed=7"]
+    about = json.loads(command[command.index("--runtime-env-json") + 1])
+    assert {"/.git", "/.venv", "/runs"} <= set(about["excludes"]), "anchored: cluster/runs must go along"
     assert about["env_vars"]["PROPER_DS_ROOT"] == str(REPO)
 
 
@@ -43,3 +47,13 @@ def test_it_refuses_what_it_cannot_send(tmp_path):
     assert refused.returncode == 2
     assert "must lie inside" in refused.stderr
     assert submit().returncode == 2
+
+
+def test_whatever_the_readme_and_make_name_is_part_of_the_project():
+    if not (REPO / ".git").exists():
+        pytest.skip("no git checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split()
+    text = (REPO / "README.md").read_text() + (REPO / "Makefile").read_text() + (REPO / ".ci/run").read_text()
+    named = set(re.findall(r"\b(?:cluster|ds_configs|docs|tests)/[\w./-]*\.\w+", text))
+    assert len(named) >= 6
+    assert named <= set(tracked)

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from proper_ds.data.config import DataConfig
 from proper_ds.data.generate import generate as generate_population
+from proper_ds.data.manifest import MANIFEST
 from proper_ds.data.prepare import prepare as prepare_data
-from proper_ds.errors import ConfigError
+from proper_ds.errors import ConfigError, DataError
 from proper_ds.observe.progress import ProgressView
 from proper_ds.section import problems_of
 
@@ -27,11 +28,14 @@ def prepare(
     train_split: Annotated[str, typer.Option(help="The split that stages learn from.")] = "train",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set bad records aside instead of refusing.")] = False,
     skip_leaks: Annotated[bool, typer.Option("--skip-leaks", help="Set leaking questions aside, too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace prepared data that is there.")] = False,
     max_users_per_split: Annotated[int | None, typer.Option(help="Only the first so many users.")] = None,
 ) -> None:
     """Check people's data and write one row a user into Parquet shards, the manifest last."""
     from pydantic import ValidationError
 
+    if (out / MANIFEST).exists() and not overwrite:
+        raise DataError(f"--out {out} holds prepared data already; give another folder, or --overwrite")
     try:
         config = DataConfig.model_validate(
             {

@@ -123,8 +123,7 @@ class StepPlan:
         self._num_ranks, self._accumulation, self._seed = num_ranks, accumulation, seed
         self._global = num_ranks * per_rank * accumulation
         self.steps_per_epoch = -(-len(indices) // self._global)
-        total = self.steps_per_epoch * num_epochs
-        self.num_steps = min(total, max_steps) if max_steps is not None else total
+        self.num_steps = max_steps if max_steps is not None else self.steps_per_epoch * num_epochs
 
     def _epoch(self, epoch: int) -> list[np.ndarray]:
         generator = np.random.default_rng(seed_of(self._seed, "epoch", epoch))

@@ -10,6 +10,8 @@ from proper_ds.section import Section
 
 
 def _as_list(value: object) -> object:
+    if value is None:
+        return []
     return [value] if isinstance(value, str) else value
 
 

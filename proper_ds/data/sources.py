@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from proper_ds.data.tasks import TASKS
 from proper_ds.errors import DataError
 
 SPLITS = ("train", "dev", "validation", "test")
+INFO_KEYS = ("name", "task", "labels", "instruction", "generated")
 _QUESTIONS, _OUTPUTS = "_questions", "_outputs"
 
 
@@ -77,12 +79,14 @@ def find_sources(config: DataConfig) -> list[Source]:
     Raises:
         DataError: for paths that do not exist or hold nothing readable, and for an undeclared task.
     """
+    missing = [path for path in config.path if not Path(path).exists()]
+    if missing:
+        exist = "does not exist" if len(missing) == 1 else "do not exist"
+        raise DataError(f"data.path {', '.join(missing)} {exist}; give folders or files of LaMP, JSONL or Parquet data")
     return [_find_source(Path(path), config) for path in config.path]
 
 
 def _find_source(path: Path, config: DataConfig) -> Source:
-    if not path.exists():
-        raise DataError(f"data.path {path} does not exist; give a folder or file of LaMP, JSONL or Parquet data")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = _guess_format(files) if config.format == "auto" else config.format
     if found is None:
@@ -158,4 +162,8 @@ def _read_info(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: is no JSON ({error})") from None
     if not isinstance(info, dict):
         raise DataError(f"{path}: holds no JSON object")
+    for key in info.keys() - set(INFO_KEYS):  # other keys may say what they like, but not a misspelt one of ours
+        near = difflib.get_close_matches(key, INFO_KEYS, n=1, cutoff=0.8)
+        if near:
+            raise DataError(f"{path}: unknown key {key!r}; did you mean {near[0]!r}?")
     return info

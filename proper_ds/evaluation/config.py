@@ -39,6 +39,11 @@ class EvaluationConfig(Section):
     num_tokens_per_batch: int = Field(default=4096, ge=16)
     """Padded prompt tokens in one forward pass."""
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("methods")
     @classmethod
     def _each_once(cls, value: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import ray
 
-from proper_ds.errors import ConfigError, Problem
+from proper_ds.errors import ConfigError, FleetError, Problem
 from proper_ds.fleet.config import FleetConfig
 
 
@@ -66,13 +66,21 @@ def ray_cluster() -> Iterator[Cluster]:
     """The cluster of $RAY_ADDRESS (set in a Ray job), or one of this machine that ends with the block."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     joined = bool(os.environ.get("RAY_ADDRESS"))
-    ray.init(
-        address="auto" if joined else "local",
-        include_dashboard=None if joined else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-    )
+    try:
+        ray.init(
+            address="auto" if joined else "local",
+            include_dashboard=None if joined else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        where = f"the Ray cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if joined else "a Ray cluster here"
+        raise FleetError(
+            f"{where} could not be reached ({first}). If it asks for a token, set RAY_AUTH_MODE=token for all of"
+            " `ray start`, `ray job submit` and proper-ds (see README, On a cluster)"
+        ) from None
     try:
         has = ray.cluster_resources()
         cpus_by_node = tuple(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])

@@ -61,11 +61,14 @@ def run_gang(entry: str, config: RunConfig, options: dict[str, Any], stage: str,
     )
     try:
         trainer.fit()
+        if error_file.exists():
+            raise _as_ours(None, error_file, stage)
+    except ProperError:
+        raise
     except Exception as error:
         raise _as_ours(error, error_file, stage) from error
-    if error_file.exists():
-        raise _as_ours(None, error_file, stage)
-    shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _Trainer(TorchTrainer):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from proper_ds.fleet.plan import Unit
-from proper_ds.observe.log import log_to_file
+from proper_ds.observe.log import get_logger, log_to_file
 from proper_ds.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,4 +43,8 @@ class UnitWorker:
         if self._job is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self._job = resolve(self._entry)(self._config, device, **self._options)
-        return self._job.run(unit)
+            get_logger().info("ready on %s", device)
+        start_s = time.perf_counter()
+        report = self._job.run(unit)
+        get_logger().info("%s %s: %.1f s", unit.part, unit.name, time.perf_counter() - start_s)
+        return report

@@ -51,6 +51,8 @@ def load_base(model: str, revision: str | None, dtype: torch.dtype, device: torc
 
 def _unreachable(model: str, what: str, error: Exception) -> str:
     first = str(error).splitlines()[0][:200]
+    if Path(model).is_absolute() and not Path(model).exists():
+        first = "the folder does not exist"
     return (
         f"base.model {model!r}: no {what} could be loaded ({first}). Give a folder saved by save_pretrained, or a"
         " Hugging Face name that this machine can reach (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE), or use base.create."

@@ -6,7 +6,11 @@ Prepares the data where that is not done yet (that is how it is checked), loads 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,19 +45,28 @@ def plan_lines(config: RunConfig, view: ProgressView) -> list[str]:
     """
     stages = StageList(config)
     folder = RunFolder(config.output_path)
-    manifest = _prepared(config, stages, folder, view)
+    with _prepared(config, stages, folder, view) as path:
+        return _lines(config, stages, folder, path)
+
+
+def _lines(config: RunConfig, stages: StageList, folder: RunFolder, prepared: Path) -> list[str]:
+    manifest = Manifest.read(prepared)
     lines = [f"run folder   {config.output_dir}"]
     for split, counts in manifest.splits.items():
         lines.append(f"split {split:<7}{counts['num_users']:,} users, {counts['num_queries']:,} questions")
     cold = f"{manifest.num_cold_users:,} without history"
     lines.append(f"users        {manifest.num_users:,} ({cold}), {manifest.num_history_items:,} history items")
+    for kind, count in manifest.set_aside.items():
+        if count:
+            lines.append(f"set aside    {count:,} ({kind}), listed in problems.jsonl beside the prepared data")
     for name, task in manifest.tasks.items():
         labels = f"{len(task.labels)} labels" if task.labels else "open answers"
         lines.append(f"task         {name}: {task.lamp_id}, {labels}" + (", GENERATED data" if task.generated else ""))
     lm = check_inputs(config, manifest)
     size = sum(p.numel() for p in lm.parameters())
-    lines.append(f"base         {config.base.model or 'created here'}: {type(lm).__name__}, {size:,} parameters")
-    lines.append(_tokens_line(config, manifest))
+    up_to = "up to " if config.base.create else ""  # the tokenizer may find fewer words
+    lines.append(f"base         {config.base.model or 'created here'}: {type(lm).__name__}, {up_to}{size:,} parameters")
+    lines.append(_tokens_line(config, manifest, prepared))
     lines += _adapter_lines(config, lm, manifest)
     lines += _worker_lines(config)
     lines.append("stages       " + ", ".join(_state(stage, folder) for stage in stages))
@@ -81,20 +94,36 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
     if problems:
         raise ConfigError("data", problems)
     lm = skeleton(config)
-    for section in (config.population, config.group, config.user):
-        find_targets(lm, section.lora.target_modules)
+    for name in ("population", "group", "user"):
+        try:
+            find_targets(lm, getattr(config, name).lora.target_modules)
+        except AdapterError as error:
+            problems.append(Problem(f"{name}.lora.target_modules", str(error), "Use some of these."))
+    if problems:
+        raise ConfigError(f"base {config.base.model or 'created here'}", problems)
     return lm
 
 
-def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: ProgressView) -> Manifest:
+@contextmanager
+def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: ProgressView) -> Iterator[Path]:
+    """The prepared data: the run's own where it is up to date or missing, else a copy that ends with the block.
+
+    So a check spares the run the work, and never moves a result of other settings aside.
+    """
     for stage in stages.of("prepare"):
         place = folder.stage(stage.name)
-        if not place.is_done(stage.fingerprint):
-            with folder.locked(), view.running():
-                place.begin(stage.fingerprint)
-                prepare(config.data, place.path, view.report)
-                place.commit(stage.fingerprint, stage.settings, 0.0)
-    return Manifest.read(prepared_path(config))
+        if place.is_done(stage.fingerprint):
+            break
+        if place.inputs() is not None:
+            with tempfile.TemporaryDirectory(prefix=".check-", dir=folder.root) as copy, view.running():
+                prepare(config.data, Path(copy), view.report)
+                yield Path(copy)
+            return
+        with folder.locked(), view.running():
+            place.begin(stage.fingerprint)
+            prepare(config.data, place.path, view.report)
+            place.commit(stage.fingerprint, stage.settings, 0.0)
+    yield prepared_path(config)
 
 
 def skeleton(config: RunConfig) -> Any:
@@ -119,7 +148,7 @@ def skeleton(config: RunConfig) -> Any:
         return AutoModelForCausalLM.from_config(about)
 
 
-def _tokens_line(config: RunConfig, manifest: Manifest) -> str:
+def _tokens_line(config: RunConfig, manifest: Manifest, prepared: Path) -> str:
     if config.base.create is not None:
         return "tokens       known once the base's tokenizer is made"
     assert config.base.model is not None
@@ -128,7 +157,7 @@ def _tokens_line(config: RunConfig, manifest: Manifest) -> str:
     for task in manifest.tasks.values():
         encoder.label_ids(task)
     num_items = num_tokens = num_cut = 0
-    for user in islice(PreparedData(prepared_path(config)).users(), NUM_SAMPLED_USERS):
+    for user in islice(PreparedData(prepared).users(), NUM_SAMPLED_USERS):
         for item in user.history:
             found = encoder.encode(history_prompt(manifest.tasks[item.task], item), item.answer)
             num_items, num_tokens = num_items + 1, num_tokens + len(found.ids)

@@ -112,7 +112,9 @@ class Run:
         for stage in missing:
             if self.folder.stage(stage.name).begin(stage.fingerprint):
                 get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
-        get_logger().info("%s: begins", ", ".join(stage.name for stage in missing))
+        names = ", ".join(stage.name for stage in missing)
+        what = step if names == step else f"{step} ({names})"
+        get_logger().info("%s: begins", what)
         start_s = time.perf_counter()
         do: dict[str, Callable[[list[Stage]], None]] = {
             "prepare": self._prepare,
@@ -133,7 +135,7 @@ class Run:
             for stage in missing:
                 self.folder.stage(stage.name).commit(stage.fingerprint, stage.settings, seconds / len(missing))
         self.metrics.log(step, event="done", seconds=seconds)
-        get_logger().info("%s: done in %.1f s", ", ".join(stage.name for stage in missing), seconds)
+        get_logger().info("%s: done in %.1f s", what, seconds)
 
     def _prepare(self, stages: list[Stage]) -> None:
         manifest = prepare(self.config.data, self.folder.stage("prepared").path, self.view.report)

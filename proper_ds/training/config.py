@@ -35,7 +35,7 @@ class RankTraining(OptimSettings):
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after so many optimizer steps, whatever `num_train_epochs` says."""
+    """Exactly so many optimizer steps instead of `num_train_epochs`, going round the data as often as needed."""
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)
     train_on: list[Examples] = ["history", "queries"]

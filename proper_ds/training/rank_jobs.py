@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from proper_ds.distributed.ranks import Ranks
+from proper_ds.observe.log import get_logger
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupStage
 from proper_ds.training.population import PopulationStage
@@ -31,6 +32,7 @@ def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:
     for name, fingerprint, settings in stages:
         start_s = time.perf_counter()
         run_rank_stage(make_stage(name, context), ranks, fingerprint)
+        get_logger().info("%s: done in %.1f s", name, time.perf_counter() - start_s)
         if ranks.is_first:
             place = context.folder.stage(name)
             place.commit(fingerprint, settings, time.perf_counter() - start_s)

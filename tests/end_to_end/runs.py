@@ -26,7 +26,6 @@ CONFIG = {
     },
     "population": {
         "max_steps": 200,
-        "num_train_epochs": 50,
         "per_device_train_batch_size": 4,
         "learning_rate": 3e-3,
         "logging_steps": 1,
@@ -35,7 +34,6 @@ CONFIG = {
     "group": {
         "num_experts": 3,
         "max_steps": 120,
-        "num_train_epochs": 50,
         "per_device_train_batch_size": 4,
         "learning_rate": 3e-3,
         "logging_steps": 1,
@@ -48,7 +46,6 @@ CONFIG = {
         "learning_rate": 2e-3,
         "logging_steps": 1,
         "save_steps": 4,
-        "num_train_epochs": 50,
     },
     "distributed": {"num_ranks": 2, "deepspeed": str(REPO / "ds_configs/zero2.json")},
     "fleet": {"num_tokens_per_unit": 1500, "num_actors": 1},

@@ -79,6 +79,7 @@ class RayPool:
     def replace(self, worker: int) -> None:
         """See Pool."""
         self._running = {ref: held for ref, held in self._running.items() if held[0] != worker}
+        ray.kill(self._actors[worker])  # it may only have been out of reach, and would keep its place
         self._actors[worker] = self._start()
 
     def close(self) -> None:

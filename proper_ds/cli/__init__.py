@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 import typer
@@ -39,9 +40,14 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """The console command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    signal.signal(signal.SIGTERM, _stop)  # what `ray job stop` and most schedulers send first
     log_to_terminal(Console(stderr=False))
     try:
         code = app(standalone_mode=False)  # typer returns the codes of its own exits, Ctrl-C's among them

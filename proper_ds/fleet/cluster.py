@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +68,7 @@ def ray_cluster() -> Iterator[Cluster]:
     """The cluster of $RAY_ADDRESS (set in a Ray job), or one of this machine that ends with the block."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     joined = bool(os.environ.get("RAY_ADDRESS"))
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address="auto" if joined else "local",
@@ -81,6 +84,8 @@ def ray_cluster() -> Iterator[Cluster]:
             f"{where} could not be reached ({first}). If it asks for a token, set RAY_AUTH_MODE=token for all of"
             " `ray start`, `ray job submit` and proper-ds (see README, On a cluster)"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack and ends without a word
     try:
         has = ray.cluster_resources()
         cpus_by_node = tuple(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import time
@@ -68,6 +69,12 @@ class RunFolder:
                     f"output_dir {self.root}: another run is at work there ({who}); wait for it, stop it, or give"
                     " another output_dir"
                 ) from None
+            except OSError as error:  # some network file systems have no locks
+                logging.getLogger("proper_ds").warning(
+                    "output_dir %s cannot be locked (%s): see to it yourself that only one run works there",
+                    self.root,
+                    error.strerror,
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n")
             file.flush()

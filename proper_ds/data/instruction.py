@@ -27,6 +27,10 @@ class SharedBeginning:
             self._num_distinct += 1
         self._prefix = shared
 
+    def shows(self, instruction: str) -> bool:
+        """Whether all questions begin with it; True where there was none."""
+        return self._prefix is None or self._prefix.startswith(instruction)
+
     def instruction(self, task: Task) -> str:
         """The instruction, with its closing space; the task's own wording where the questions do not show theirs.
 

@@ -5,6 +5,7 @@ Called by the command line and by a run's first stage. Memory does not grow with
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +125,15 @@ def _stage(sources: list[Source], staging: Staging, complaints: Complaints, prog
             raise DataError(
                 f"{source.path}: a second data set of task {task.name!r}; give it a `name` in its info.json"
             )
-        tasks.append(
-            SourceTask(task, task.instruction if "instruction" in source.info else beginning.instruction(task))
-        )
+        words = task.instruction if "instruction" in source.info else beginning.instruction(task)
+        if "instruction" not in source.info and not beginning.shows(words):
+            logging.getLogger("proper_ds").warning(
+                "%s: the questions share no beginning, so histories are taught under %r; an `instruction` in info.json"
+                " says otherwise",
+                source.path,
+                words,
+            )
+        tasks.append(SourceTask(task, words))
     return tasks
 
 

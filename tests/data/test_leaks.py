@@ -101,10 +101,11 @@ def test_short_answers_of_a_generic_task_may_recur(tmp_path, answer, leaks):
         assert run(path, tmp_path / "out").manifest.num_users == 1
 
 
-def test_one_odd_wording_does_not_blind_the_guard(lamp_folder, tmp_path):
+def test_one_odd_wording_does_not_blind_the_guard(lamp_folder, tmp_path, caplog):
     own = [{"id": "a", "text": "a fine film", "score": "4"}]
     questions = [lamp3("1", "u", "a fine film", own) | {"input": "Rate it now. review: a fine film"}]
     questions += [lamp3("2", "v", "x", []) | {"input": "Worded otherwise"}]
     folder = lamp_folder(questions, [{"id": n, "output": "4"} for n in "12"], task="LaMP_3")
     with pytest.raises(DataError, match="the same input text"):
         run(folder, tmp_path / "out")
+    assert "the questions share no beginning" in caplog.text

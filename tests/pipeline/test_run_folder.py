@@ -62,3 +62,12 @@ def test_a_second_driver_is_refused_until_the_first_is_gone(tmp_path):
         first.stdout.close()
     with RunFolder(tmp_path).locked():
         pass
+
+
+def test_storage_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("proper_ds.run_folder.fcntl.flock", no_locks)
+    with caplog.at_level("WARNING", "proper_ds"), RunFolder(tmp_path).locked():
+        assert "cannot be locked (Function not implemented)" in caplog.text

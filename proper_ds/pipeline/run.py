@@ -101,7 +101,7 @@ class Run:
             if self.config.base.dtype == "auto" and begun != now:
                 raise UserError(
                     f"base.dtype auto means {now} here, but {self.folder.root} was begun in {begun} on another kind of"
-                    f" machine; set base.dtype={begun} to go on, or give another output_dir"
+                    " machine; go on there, or give another output_dir"
                 )
         write_json_atomic(path, now)
 

@@ -6,9 +6,13 @@ import json
 
 import pytest
 import yaml
+from rich.console import Console
 
 from proper_ds.config import load_config
+from proper_ds.errors import UserError
 from proper_ds.evaluation.methods import METHODS, needs_of
+from proper_ds.observe.progress import ProgressView
+from proper_ds.pipeline.run import Run
 from proper_ds.pipeline.stages import StageList
 from tests.end_to_end.runs import CONFIG
 
@@ -103,3 +107,12 @@ def test_each_method_names_all_that_it_reads(method):
     assert set(needs.routers) == (
         {about.preset} if about.user_lora and about.preset and about.gates == "lora" else set()
     )
+
+
+def test_a_run_begun_in_one_type_does_not_go_on_in_another(prints, tmp_path):
+    run = Run(load_config(tmp_path / "run.yaml"), ProgressView(Console(quiet=True)))
+    run.folder.root.mkdir()
+    run._settle_dtype(on_gpu=False)
+    run._settle_dtype(on_gpu=False)
+    with pytest.raises(UserError, match="auto means bfloat16 here, but .* was begun in float32"):
+        run._settle_dtype(on_gpu=True)

@@ -111,8 +111,8 @@ def test_each_method_names_all_that_it_reads(method):
 
 def test_a_run_begun_in_one_type_does_not_go_on_in_another(prints, tmp_path):
     run = Run(load_config(tmp_path / "run.yaml"), ProgressView(Console(quiet=True)))
-    run.folder.root.mkdir()
+    run.folder.root.mkdir(exist_ok=True)
     run._settle_dtype(on_gpu=False)
     run._settle_dtype(on_gpu=False)
-    with pytest.raises(UserError, match="auto means bfloat16 here, but .* was begun in float32"):
+    with pytest.raises(UserError, match=r"auto means bfloat16 here, but .* was begun in float32"):
         run._settle_dtype(on_gpu=True)

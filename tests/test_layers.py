@@ -18,6 +18,7 @@ BELOW = {
     "evaluation": {"evaluation", "training", "store", "observe", "model", "data"},
     "fleet": {"fleet", "distributed", "observe", "training"},
     "pipeline": None,
+    "bench": None,
     "cli": None,
 }
 ROOT = {"errors", "files", "section", "run_folder"}

@@ -83,6 +83,33 @@ class LoraLayout:
             row_P[start:middle].uniform_(-bound, bound, generator=generator)
         return row_P.to(dtype)
 
+    def with_rank(self, r: int) -> LoraLayout:
+        """The same modules and `lora_alpha` at another rank."""
+        return LoraLayout(self.modules, r, self.lora_alpha)
+
+    def rank_of(self, num_parameters: int) -> int:
+        """The rank of an adapter on these modules that holds so many numbers; raises ValueError where none does."""
+        per_rank = sum(m.in_features + m.out_features for m in self.modules)
+        if num_parameters < per_rank or num_parameters % per_rank:
+            raise ValueError(f"{num_parameters} numbers are no whole rank of {per_rank} numbers")
+        return num_parameters // per_rank
+
+    def widened(self, row_P: Tensor, r: int) -> Tensor:
+        """An adapter of rank `r` in this layout, whose rank is at least `r`: the same product for every input.
+
+        Unused rows of A and columns of B are zero; B carries the ratio of the scalings `lora_alpha / r`.
+        """
+        assert r <= self.r, "a layout cannot hold a higher rank"
+        if r == self.r:
+            return row_P
+        wide_P = row_P.new_zeros(self.num_parameters)
+        narrow = self.with_rank(r).views(row_P.unsqueeze(0))
+        wide = self.views(wide_P.unsqueeze(0))
+        for (_, a, b), (_, wide_a, wide_b) in zip(narrow, wide, strict=True):
+            wide_a[:, :r] = a
+            wide_b[:, :, :r] = b * (self.r / r)
+        return wide_P
+
     def has_effect(self, row_P: Tensor) -> bool:
         """Whether any B of an adapter is not zero."""
         return any(bool(b.any()) for _, _, b in self.views(row_P.unsqueeze(0)))

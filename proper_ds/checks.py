@@ -12,7 +12,7 @@ from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.config import BaseConfig
-from proper_ds.training.config import OptimSettings, RankTraining
+from proper_ds.training.config import OptimSettings, RankTraining, UserConfig
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -24,6 +24,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_data(config),
         *_base(config.base),
         *_schedules(config),
+        *_users(config),
         *_batches(config),
         *_methods(config),
         *_deepspeed(config),
@@ -94,6 +95,25 @@ def _schedules(config: RunConfig) -> list[Problem]:
     ]
 
 
+def _users(config: RunConfig) -> list[Problem]:
+    user, problems = config.user, []
+    ranks = user.rank_by_history
+    if ranks is not None and max(ranks.values()) != user.lora.r:
+        wrong = f"goes up to rank {max(ranks.values())}, but user.lora.r is {user.lora.r}"
+        problems.append(Problem("user.rank_by_history", wrong, "Make the largest rank equal to user.lora.r."))
+    if user.early_stopping_threshold and user.early_stopping_patience is None:
+        wrong, mend = "has no effect without user.early_stopping_patience", "Set that, too, or remove it."
+        problems.append(Problem("user.early_stopping_threshold", wrong, mend))
+    if user.cache_bytes not in (0, UserConfig.model_fields["cache_bytes"].get_default()):
+        if not user.lora.layers or min(user.lora.layers) == 0:
+            mend = "Leave the lowest layers out of user.lora.layers, or remove it."
+            problems.append(Problem("user.cache_bytes", "has no effect where layer 0 is adapted", mend))
+        elif user.lora.lora_dropout or config.group.lora.lora_dropout:
+            wrong = "has no effect with dropout in user.lora or group.lora: states differ in every step"
+            problems.append(Problem("user.cache_bytes", wrong, "Remove it, or the dropout."))
+    return problems
+
+
 def _batches(config: RunConfig) -> list[Problem]:
     length, problems = config.base.max_length, []
     budgets = {
@@ -117,6 +137,10 @@ def _methods(config: RunConfig) -> list[Problem]:
             "The LoRA-aware router reads the user's LoRA on every group module: add them, or drop the proper methods."
         )
         problems.append(Problem("user.lora.target_modules", wrong, mend))
+    below = _missing_layers(config)
+    if needs.routers and below:
+        mend = "The LoRA-aware router reads the user's LoRA on every group module: add them, or set group.lora.layers."
+        problems.append(Problem("user.lora.layers", f"lacks {below}, which group.lora has", mend))
     if "proper-released" in needs.presets and "history" not in config.group.train_on:
         wrong = "without `history`, but proper-released has a row for each user, and would leave most of them untrained"
         problems.append(Problem("group.train_on", wrong, "Add `history`, or drop the released methods."))
@@ -124,6 +148,16 @@ def _methods(config: RunConfig) -> list[Problem]:
         mend = "Remove it, or use `closed_labels: score`."
         problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))
     return problems
+
+
+def _missing_layers(config: RunConfig) -> str:
+    """Layers of the groups that users have no LoRA on."""
+    user, group = config.user.lora.layers, config.group.lora.layers
+    if user is None:
+        return ""
+    if group is None:
+        return "the layers that are not listed"
+    return ", ".join(str(layer) for layer in sorted(set(group) - set(user)))
 
 
 def _deepspeed(config: RunConfig) -> list[Problem]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from proper_ds.data.tokens import HISTORY, Example
 
@@ -38,7 +40,16 @@ def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, num_layers: in
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.15)
     lm.requires_grad_(False)
+    if dtype is torch.float64:
+        for module in lm.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.forward = partial(_norm_in_double, module)
     return lm.eval().to(dtype)
+
+
+def _norm_in_double(module, x):
+    """Hugging Face's norm goes through fp32 whatever the model's type, and so do its gradients: no test of 1e-9."""
+    return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
 
 
 def random_examples(count: int, user: int, seed: int, longest: int = 24) -> list[Example]:

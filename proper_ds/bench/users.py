@@ -29,7 +29,7 @@ from proper_ds.training.users import Counters, train_users
 
 SEED = 7
 LOSS_TOLERANCE = 1e-4
-PARETO_USERS, PARETO_SHAPE, PARETO_MOST = 512, 0.9, 1000
+PARETO_USERS, PARETO_SHAPE, PARETO_MOST = 2000, 0.9, 1000
 Losses = list[list[float]]
 
 
@@ -79,10 +79,10 @@ class _Bench:
         assert not bad, f"{len(bad)} users failed, the first because: {bad[0].reason}"
         return [result.losses for result in results]
 
-    def pareto(self) -> tuple[Counters, Sequence[UserTask]]:
+    def pareto(self, num_users: int = PARETO_USERS) -> tuple[Counters, Sequence[UserTask]]:
         """One pass over users with heavy-tailed histories of 1 to 1,000 items, in 64 slots."""
         generator = np.random.default_rng(SEED)
-        num_items = np.minimum(PARETO_MOST, 1 + generator.pareto(PARETO_SHAPE, PARETO_USERS)).astype(int)
+        num_items = np.minimum(PARETO_MOST, 1 + generator.pareto(PARETO_SHAPE, num_users)).astype(int)
         num_items[0] = PARETO_MOST
         tasks, counters = random_users(self.preset, num_items.tolist()), Counters()
         settings = self.settings.model_copy(update={"num_slots": 64, "num_train_epochs": 1})
@@ -94,7 +94,7 @@ class _Bench:
         preset, counters = self.preset, self.counters[name]
         num_linear = sum(m.weight.numel() for m in linears_of(self.lm).values())
         num_targets = preset.num_epochs * sum(e.num_targets for task in self.tasks for e in task.examples)
-        return 4.0 * (num_linear * counters.num_tokens + preset.vocab_size * preset.hidden_size * num_targets)
+        return 4.0 * (num_linear * counters.whole.num_tokens + preset.vocab_size * preset.hidden_size * num_targets)
 
 
 def matrix_rate(preset: Preset, dtype: torch.dtype, device: torch.device) -> float:
@@ -152,10 +152,9 @@ def _result(
         str(dtype).removeprefix("torch."): matrix_rate(bench.preset, dtype, bench.device) for dtype in bench.models
     }
     share = {}
-    for name, own in bench.counters.items():
+    for name in bench.counters:
         dtype = "bfloat16" if name.endswith("bf16") else "float32"
         share[name] = bench.needed_flops(name) * rates[name].median / len(bench.tasks) / matrix[dtype]
-        assert own.num_tokens
     tokens_per_user = bench.preset.num_epochs * np.mean([sum(len(e.ids) for e in t.examples) for t in bench.tasks])
     return {
         "preset": preset_name,
@@ -170,10 +169,10 @@ def _result(
         "fraction_of_ceiling": _ratios(rates, "ceiling"),
         "max_loss_difference": max(exact.values(), default=None),
         "max_loss_difference_bf16": max(halved.values(), default=None),
-        "slot_occupancy": counters.full_slots / counters.offered_slots if counters.offered_slots else 1.0,
-        "slot_occupancy_with_tail": counters.taken_slots / counters.open_slots,
-        "padding": 1 - counters.num_tokens / counters.num_padded,
-        "padding_by_variant": {n: 1 - c.num_tokens / c.num_padded for n, c in bench.counters.items()},
+        "slot_occupancy": counters.waiting.occupancy,
+        "slot_occupancy_with_tail": counters.whole.occupancy,
+        "padding": counters.whole.padding,
+        "padding_by_variant": {name: own.whole.padding for name, own in bench.counters.items()},
         "pareto_users": len(pareto_tasks),
         "matrix_flops_per_s": matrix,
         "share_of_matrix_rate": share,

@@ -17,6 +17,7 @@ from proper_ds.files import seed_of
 Tensor = torch.Tensor
 
 _POOL_BATCHES = 50
+_PADDING_PART = 40
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,20 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu", pad
 def length_batches(lengths: Sequence[int], num_tokens: int) -> list[list[int]]:
     """Cut positions into batches of similar length whose padded size stays within `num_tokens`; longest first.
 
-    A single example longer than the budget gets a batch of its own.
+    A batch is closed, too, before its padding exceeds a fortieth of that: a full one is a few percent padding at
+    most, and one more small batch costs about as much as running so many tokens. A single example longer than the
+    budget gets a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
-    width = 0
+    width = padding = 0
     for index in order:
-        if batches and (len(batches[-1]) + 1) * width <= num_tokens:
+        padding += width - lengths[index]
+        if batches and (len(batches[-1]) + 1) * width <= num_tokens and padding <= num_tokens // _PADDING_PART:
             batches[-1].append(index)
         else:
             batches.append([index])
-            width = lengths[index]
+            width, padding = lengths[index], 0
     return batches
 
 

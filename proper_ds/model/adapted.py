@@ -13,6 +13,7 @@ from torch import nn
 from proper_ds.model.base import backbone
 from proper_ds.model.dropout import row_dropout
 from proper_ds.model.experts import ExpertMixture
+from proper_ds.model.halves import Halves
 from proper_ds.model.lora import SharedLora, SlotLora
 from proper_ds.model.places import at_places, find_top
 from proper_ds.model.routing import Rows
@@ -117,6 +118,20 @@ class PersonalModel(nn.Module):
         states: Tensor = backbone(self.lm)(input_ids=ids_RT, use_cache=False, **given).last_hidden_state
         return states
 
+    def halves(self, first_layer: int) -> Halves:
+        """The base cut before a layer. Raises AdapterError where it cannot be."""
+        whole = backbone(self.lm)
+        found = Halves(whole, first_layer)
+        additions = [(m, m.shared, m.user, m.group) for m in self.adapted.values()]
+        for module in self.adapted.values():  # they need rows, of which there are none yet
+            module.shared = module.user = module.group = None
+        try:
+            found.check(whole, self.device)
+        finally:
+            for module, shared, user, group in additions:
+                module.shared, module.user, module.group = shared, user, group
+        return found
+
     @property
     def head_weight(self) -> Tensor:
         """The output embedding [V, D]."""
@@ -128,23 +143,18 @@ class PersonalModel(nn.Module):
         found: Tensor = self.lm.get_output_embeddings()(states_RTD[row_K, position_K])
         return found
 
-    def target_losses(
-        self,
-        ids_RT: Tensor,
-        row_K: Tensor,
-        column_K: Tensor,
-        target_K: Tensor,
-        position_RT: Tensor | None = None,
-        mask_R1TT: Tensor | None = None,
-    ) -> Tensor:
+    def target_losses(self, ids_RT: Tensor, row_K: Tensor, column_K: Tensor, target_K: Tensor) -> Tensor:
+        """Cross-entropy [K] of each target token of right-padded rows; see `losses_at`."""
+        return self.losses_at(self.hidden(ids_RT), row_K, column_K, target_K)
+
+    def losses_at(self, states_RTD: Tensor, row_K: Tensor, column_K: Tensor, target_K: Tensor) -> Tensor:
         """Cross-entropy [K] of each target token, in at least fp32.
 
         Args:
-            ids_RT: right-padded token ids.
+            states_RTD: last hidden states.
             row_K, column_K: where each target is predicted, one before where it stands.
             target_K: the tokens to be predicted.
-            position_RT, mask_R1TT: see `hidden`.
         """
-        logits_KV = self.logits_at(self.hidden(ids_RT, position_RT, mask_R1TT), row_K, column_K)
+        logits_KV = self.logits_at(states_RTD, row_K, column_K)
         exact = logits_KV if logits_KV.dtype == torch.float64 else logits_KV.float()
         return nn.functional.cross_entropy(exact, target_K, reduction="none")

@@ -46,6 +46,7 @@ def peft_config(layout: LoraLayout, target_modules: list[str], dropout: float, b
         "lora_alpha": layout.lora_alpha,
         "lora_dropout": dropout,
         "target_modules": list(target_modules),
+        "layers_to_transform": layout.layers or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,

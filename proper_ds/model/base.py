@@ -5,6 +5,7 @@ Knows transformers; every stage starts here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from proper_ds.errors import AdapterError
 from proper_ds.files import digest_of
+from proper_ds.model.lora import layer_of
 
 Tensor = torch.Tensor
 _SAMPLE_BYTES = 4 << 20
@@ -84,11 +86,14 @@ def linears_of(lm: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in lm.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
-def find_targets(lm: nn.Module, target_modules: list[str]) -> dict[str, nn.Linear]:
+def find_targets(lm: nn.Module, target_modules: list[str], layers: Sequence[int] | None = None) -> dict[str, nn.Linear]:
     """The linear modules whose names end in one of `target_modules`, in model order (as PEFT matches them).
 
+    Args:
+        layers: only in these decoder layers; None for all.
+
     Raises:
-        AdapterError: naming every target that matches nothing and the names that would.
+        AdapterError: naming every target that matches nothing and the names that would; the same for layers.
     """
     linears = linears_of(lm)
     found = {
@@ -102,7 +107,16 @@ def find_targets(lm: nn.Module, target_modules: list[str]) -> dict[str, nn.Linea
         raise AdapterError(
             f"target_modules {', '.join(idle)} match no linear module of {type(lm).__name__}; it has {', '.join(legal)}"
         )
-    return found
+    if layers is None:
+        return found
+    numbers = {name: layer_of(name) for name in found}
+    unknown = sorted(set(layers) - set(numbers.values()))
+    if unknown:
+        has = sorted({n for n in numbers.values() if n is not None})
+        raise AdapterError(
+            f"lora.layers {unknown} have no such module in {type(lm).__name__}; layers with it are {has}"
+        )
+    return {name: module for name, module in found.items() if numbers[name] in layers}
 
 
 def base_fingerprint(model: str, revision: str | None) -> str:

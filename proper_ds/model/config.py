@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,12 +19,21 @@ class LoraSettings(Section):
     lora_alpha: float = Field(default=8.0, gt=0)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] = FEED_FORWARD
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Only these decoder layers, counted from 0 (PEFT's `layers_to_transform`)."""
 
     @field_validator("target_modules")
     @classmethod
     def _not_empty(cls, value: list[str]) -> list[str]:
         if not value or len(set(value)) != len(value):
             raise ValueError("give at least one module name, each once, such as [q_proj, v_proj]")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _distinct(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not value or len(set(value)) != len(value)):
+            raise ValueError("give at least one layer, each once, such as [4, 5], or leave it out")
         return value
 
     @property

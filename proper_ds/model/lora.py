@@ -8,6 +8,7 @@ user's whole adapter is one row: copied in, out and updated at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,14 @@ from torch import nn
 from proper_ds.model.config import LoraSettings
 
 Tensor = torch.Tensor
+
+_LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a module's name tells, read as PEFT reads it; None outside of them."""
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match is not None else None
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,16 @@ class LoraLayout:
     def scaling(self) -> float:
         """`lora_alpha / r`."""
         return self.lora_alpha / self.r
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the decoder layers that hold adapted modules."""
+        return sorted({number for m in self.modules if (number := layer_of(m.name)) is not None})
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest of `layers`; 0 where modules lie outside of them."""
+        return self.layers[0] if all(layer_of(m.name) is not None for m in self.modules) else 0
 
     @cached_property
     def offsets(self) -> dict[str, tuple[int, int]]:

@@ -96,9 +96,10 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
     lm = skeleton(config)
     for name in ("population", "group", "user"):
         try:
-            find_targets(lm, getattr(config, name).lora.target_modules)
+            lora = getattr(config, name).lora
+            find_targets(lm, lora.target_modules, lora.layers)
         except AdapterError as error:
-            problems.append(Problem(f"{name}.lora.target_modules", str(error), "Use some of these."))
+            problems.append(Problem(f"{name}.lora", str(error), "Use some of these."))
     if problems:
         raise ConfigError(f"base {config.base.model or 'created here'}", problems)
     return lm
@@ -179,7 +180,7 @@ def _adapter_lines(config: RunConfig, lm: Any, manifest: Manifest) -> list[str]:
     needs = needs_of(config.evaluation.methods)
 
     def layout(settings: LoraSettings) -> LoraLayout:
-        return LoraLayout.of(find_targets(lm, settings.target_modules), settings)
+        return LoraLayout.of(find_targets(lm, settings.target_modules, settings.layers), settings)
 
     lines = []
     if needs.population:

@@ -98,6 +98,8 @@ class UserConfig(OptimSettings):
     """By how much an epoch's loss must fall to count."""
     share_prefix: bool = True
     """Run the tokens that all items of a user begin with once a step; exact, and off for bases that lack 4-D masks."""
+    cache_bytes: int = Field(default=1 << 30, ge=0)
+    """With `lora.layers`: memory for the states of the layers below, which are run once a user; 0 runs them always."""
     num_slots: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     """Users trained side by side on one device; `auto`: as many as fit a quarter of a GPU's memory, 64 on CPUs."""
     num_tokens_per_batch: int = Field(default=1024, ge=16)

@@ -129,7 +129,7 @@ class GroupStage(RankStage):
         self._seed = seed_of(context.config.seed, self.name)
         lm = context.load_lm(with_population=True)
         settings = self.settings
-        targets = find_targets(lm, settings.lora.target_modules)
+        targets = find_targets(lm, settings.lora.target_modules, settings.lora.layers)
         layout = LoraLayout.of(targets, settings.lora)
         chosen = PRESETS[preset]
         features = FeatureData(context.folder.stage("features").path) if chosen.user_vector == "encoder" else None

@@ -54,7 +54,7 @@ class PopulationStage(RankStage):
         super().__init__(context)
         lm = context.load_lm(with_population=False)
         lora = self.settings.lora
-        targets = find_targets(lm, lora.target_modules)
+        targets = find_targets(lm, lora.target_modules, lora.layers)
         self._layout = LoraLayout.of(targets, lora)
         self._seed = seed_of(context.config.seed, "population")
         self.module = PopulationModule(PersonalModel(lm, targets), self._layout, lora.lora_dropout, self._seed)

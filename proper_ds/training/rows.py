@@ -2,13 +2,13 @@
 
 A row holds tokens of one user only: a prefix, once, and behind it the rest of each item, which sees the prefix and
 itself and none of its siblings. The prefix' gradient is then the sum over the items, as if each had run it alone.
-`users.py` makes, packs and runs rows. Shapes: R rows, T tokens, K target tokens.
+`users.py` makes, packs and runs rows. Shapes: R rows, T tokens, K target tokens, N tokens without padding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +22,23 @@ Tensor = torch.Tensor
 
 PAD, PREFIX, FIRST_ITEM = 0, 1, 2
 """What a token of a row is part of; the row's items count up from FIRST_ITEM."""
+_LEAST_WIDTH = 128
 LEAST_SAVING = 0.1
 """Share of a step's tokens that sharing must save: attention over a longer row is not free."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Items of one user in one slot that share their first `num_prefix` tokens (0: a single item, as it is)."""
+    """Items of one user in one slot that share their first `num_prefix` tokens."""
 
     slot: int
     num_prefix: int
     examples: tuple[Example, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the row is one item as it is, which needs no mask."""
+        return not self.num_prefix and len(self.examples) == 1
 
     @property
     def num_tokens(self) -> int:
@@ -58,13 +64,20 @@ def widest_row(num_prefix: int, hidden_size: int) -> int:
 
     A row of L tokens costs about `L (6 h + L)` (linear layers, and attention of quadratic cost); the prefix is paid
     once a row. The least cost per item is at `L = P (1 + sqrt(1 + 2 h / P))`, with attention counted three times,
-    as measured: its small matrix products run slower.
+    as measured: its small matrix products run slower. Without a prefix, rows are as wide as attention stays cheap.
     """
+    if not num_prefix:
+        return max(_LEAST_WIDTH, hidden_size)
     return int(num_prefix * (1 + math.sqrt(1 + 2 * hidden_size / num_prefix)))
 
 
 def rows_of_step(
-    slot: int, examples: Sequence[Example], prefix_of_task: dict[int, int], num_tokens: int, hidden_size: int
+    slot: int,
+    examples: Sequence[Example],
+    prefix_of_task: dict[int, int],
+    num_tokens: int,
+    hidden_size: int,
+    is_sparse: bool = False,
 ) -> Iterator[Row]:
     """The rows of one user's step.
 
@@ -72,6 +85,8 @@ def rows_of_step(
         prefix_of_task: shared first tokens of the user's items by task; empty where nothing is to be shared.
         num_tokens: no row is wider, but for a single item that is.
         hidden_size: of the base; see `widest_row`.
+        is_sparse: few users are at work: put items without a common beginning into one row, too, as there are not
+            enough of similar length to fill a batch.
     """
     by_task: dict[int, list[Example]] = {}
     for example in examples:
@@ -80,8 +95,10 @@ def rows_of_step(
         num_prefix = prefix_of_task.get(task, 0)
         saved = num_prefix * (len(items) - 1)
         if saved < LEAST_SAVING * sum(len(e.ids) for e in items):
-            yield from (Row(slot, 0, (example,)) for example in items)
-            continue
+            num_prefix = 0
+            if not is_sparse:
+                yield from (Row(slot, 0, (example,)) for example in items)
+                continue
         widest = min(num_tokens, widest_row(num_prefix, hidden_size))
         held: list[Example] = []
         width = num_prefix
@@ -95,10 +112,18 @@ def rows_of_step(
         yield Row(slot, num_prefix, tuple(held))
 
 
-def micro_batches(rows: Sequence[Row], num_tokens: int) -> list[list[Row]]:
-    """Rows of similar width whose padded size stays within `num_tokens`; rows with a mask and without stay apart."""
+def micro_batches(
+    rows: Sequence[Row], num_tokens: int, is_kept: Callable[[Row], bool] = lambda row: False
+) -> list[list[Row]]:
+    """Rows of similar width whose padded size stays within `num_tokens`.
+
+    Rows with a mask and without stay apart, and so do those that `is_kept` tells apart.
+    """
+    kinds: dict[tuple[bool, bool], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row.is_plain, is_kept(row)), []).append(row)
     found = []
-    for kind in ([r for r in rows if r.num_prefix], [r for r in rows if not r.num_prefix]):
+    for _, kind in sorted(kinds.items()):
         for part in length_batches([row.num_tokens for row in kind], num_tokens):
             found.append([kind[i] for i in part])
     return found
@@ -115,7 +140,7 @@ class Packed:
         slot_R: each row's slot.
         places: where each target token is predicted.
         target_K: the target tokens.
-        num_tokens: tokens that are not padding.
+        row_N, column_N: position of each token that is not padding, piece by piece: prefix, then items.
     """
 
     ids_RT: Tensor
@@ -124,7 +149,13 @@ class Packed:
     slot_R: Tensor
     places: Places
     target_K: Tensor
-    num_tokens: int
+    row_N: Tensor
+    column_N: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return len(self.row_N)
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to attention scores, [R, 1, T, T]: a token sees its prefix, and its own item up to itself."""
@@ -138,7 +169,7 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
-    """The rows as tensors; all with a prefix, or all without."""
+    """The rows as tensors; all plain, or none."""
     pieces: list[np.ndarray] = []
     about: list[tuple[int, int, int, int, int, int]] = []  # row, part, column, position, prompt tokens of it, targets
     for number, row in enumerate(rows):
@@ -170,17 +201,18 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
     target_row = np.repeat(row_n, targets_n)
     target_column = np.repeat(column_n + prompt_n, targets_n) + _counts_up(targets_n)
     targets_r = np.bincount(target_row, minlength=len(rows))
-    shared = any(r.num_prefix for r in rows)
+    masked = any(not r.is_plain for r in rows)
     return Packed(
         ids_RT=tensor(ids),
-        part_RT=tensor(spread(np.repeat(part_n, length_n))) if shared else None,
-        position_RT=tensor(spread(np.repeat(position_n, length_n) + within)) if shared else None,
+        part_RT=tensor(spread(np.repeat(part_n, length_n))) if masked else None,
+        position_RT=tensor(spread(np.repeat(position_n, length_n) + within)) if masked else None,
         slot_R=tensor(np.asarray([r.slot for r in rows], dtype=np.int64)),
         places=Places(
             tensor(target_row), tensor(target_column - 1), tensor(_counts_up(targets_r)), int(targets_r.max())
         ),
         target_K=tensor(ids[target_row, target_column]),
-        num_tokens=len(flat),
+        row_N=tensor(row_at),
+        column_N=tensor(column_at),
     )
 
 

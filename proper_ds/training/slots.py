@@ -20,6 +20,7 @@ from proper_ds.model.dropout import token_keys
 from proper_ds.model.lora import LoraLayout, SlotBuffers
 from proper_ds.model.routing import Rows
 from proper_ds.training.config import UserConfig
+from proper_ds.training.lower import LowerStates
 from proper_ds.training.optim import SlotAdamW
 from proper_ds.training.rows import FIRST_ITEM, Packed, Row, common_prefix, micro_batches, pack, rows_of_step
 from proper_ds.training.schedule import learning_rate
@@ -85,16 +86,25 @@ class Sitter:
         per_step = settings.per_device_train_batch_size
         self.steps_per_epoch = math.ceil(len(task.examples) / per_step)
         self._order = item_order(len(task.examples), self.num_steps, per_step, self.seed)
+        self._examples: list[Example] = []
         self._prefix_of_task: dict[int, int] = {}
         if settings.share_prefix:
             for kind in {e.task for e in task.examples}:
                 self._prefix_of_task[kind] = common_prefix([e for e in task.examples if e.task == kind])
 
-    def next_rows(self, slot: int, num_tokens: int, hidden_size: int) -> list[Row]:
-        """The rows of this user's next step."""
-        examples = [self.task.examples[i] for i in next(self._order)]
-        self.num_targets = sum(e.num_targets for e in examples)
-        return list(rows_of_step(slot, examples, self._prefix_of_task, num_tokens, hidden_size))
+    def begin_step(self) -> int:
+        """Draw the examples of this user's next step; gives their tokens."""
+        self._examples = [self.task.examples[i] for i in next(self._order)]
+        self.num_targets = sum(e.num_targets for e in self._examples)
+        return sum(len(e.ids) for e in self._examples)
+
+    def rows(self, slot: int, num_tokens: int, hidden_size: int, is_sparse: bool) -> list[Row]:
+        """The rows of the step that was begun."""
+        return list(rows_of_step(slot, self._examples, self._prefix_of_task, num_tokens, hidden_size, is_sparse))
+
+    def all_rows(self, slot: int, num_tokens: int, hidden_size: int) -> list[Row]:
+        """Rows of the whole history."""
+        return list(rows_of_step(slot, self.task.examples, self._prefix_of_task, num_tokens, hidden_size))
 
     def dropout_keys(self, row: Row) -> list[int]:
         """Keys of the row's prefix and items: the same whatever else is in the batch."""
@@ -118,7 +128,7 @@ class SlotPool:
 
     Attributes:
         sitting: the user in each slot that is taken.
-        num_real, num_padded: tokens run so far, without and with padding.
+        num_real, num_padded: tokens run in the last tick, without and with padding.
     """
 
     def __init__(self, model: PersonalModel, layout: LoraLayout, settings: UserConfig, seed: int, num: int) -> None:
@@ -132,6 +142,7 @@ class SlotPool:
         self.unread: list[tuple[dict[int, Sitter], Tensor]] = []
         self._hidden_size = int(model.lm.config.hidden_size)
         model.attach_users(self.buffers.modules(), settings.lora.lora_dropout)
+        self._lower = self._lower_states()
 
     def seat(self, number: int, task: UserTask) -> None:
         """Give a slot to a user: its first adapter, fresh moments."""
@@ -143,17 +154,20 @@ class SlotPool:
         self.buffers.scaling_S[number] = self.layout.lora_alpha / r
         self.optimizer.reset(number)
         self.sitting[number] = sitter
+        self._keep_lower(number, sitter)
 
     def tick(self) -> None:
         """One optimizer step of every user; losses stay on the device until `read`."""
         budget = self.settings.num_tokens_per_batch
-        rows = [row for number, s in self.sitting.items() for row in s.next_rows(number, budget, self._hidden_size)]
+        is_sparse = sum([sitter.begin_step() for sitter in self.sitting.values()]) <= budget
+        rows = [r for n, s in self.sitting.items() for r in s.rows(n, budget, self._hidden_size, is_sparse)]
+        self.num_real = self.num_padded = 0
         loss_S = torch.zeros(self.buffers.num_slots, dtype=torch.float64, device=self.model.device)
         weight_S = torch.zeros_like(loss_S)
         numbers = list(self.sitting)
         weights = [1 / s.num_targets for s in self.sitting.values()]
         weight_S[numbers] = torch.tensor(weights, dtype=torch.float64).to(loss_S.device, non_blocking=True)
-        for part in micro_batches(rows, budget):
+        for part in micro_batches(rows, budget, self._is_kept):
             self._accumulate(part, weight_S, loss_S)
         self.optimizer.step({n: learning_rate(self.settings, s.step, s.num_steps) for n, s in self.sitting.items()})
         self.unread.append((dict(self.sitting), loss_S))
@@ -172,6 +186,8 @@ class SlotPool:
     def take(self, number: int) -> tuple[Sitter, Tensor]:
         """Free a slot: its user, and the user's adapter [P] of the user's own rank on the CPU."""
         sitter = self.sitting.pop(number)
+        if self._lower is not None:
+            self._lower.drop(number)
         row_P = self.buffers.weights_SP[number].detach().cpu()
         return sitter, self.layout.narrowed(row_P, self.settings.rank_of(len(sitter.task.examples)))
 
@@ -182,15 +198,41 @@ class SlotPool:
         self.num_real += packed.num_tokens
         self.num_padded += packed.ids_RT.numel()
         model.set_rows(self._rows(packed, rows))
-        mask_R1TT = packed.mask(model.lm.dtype)
-        at = packed.places
-        losses_K = model.target_losses(
-            packed.ids_RT, at.row_K, at.column_K, packed.target_K, packed.position_RT, mask_R1TT
-        )
+        mask_R1TT, at = packed.mask(model.lm.dtype), packed.places
+        if self._lower is not None and self._is_kept(rows[0]):
+            kept_RTD = self._lower.gather(rows, packed)
+            states_RTD = self._lower.halves.upper(kept_RTD, packed.position_RT, mask_R1TT)
+        else:
+            states_RTD = model.hidden(packed.ids_RT, packed.position_RT, mask_R1TT)
+        losses_K = model.losses_at(states_RTD, at.row_K, at.column_K, packed.target_K)
         slot_K = packed.slot_R[at.row_K]
         weighted_K = losses_K * weight_S[slot_K].to(losses_K.dtype)
         loss_S.index_add_(0, slot_K, weighted_K.detach().double())
         weighted_K.sum().backward()
+
+    def _is_kept(self, row: Row) -> bool:
+        return self._lower is not None and self._lower.has(row.slot)
+
+    def _lower_states(self) -> LowerStates | None:
+        """Keeps the states of layers that never change; None where there are none, or some drop out."""
+        first = self.layout.first_layer
+        if not self.settings.lora.layers or not first or not self.settings.cache_bytes or self.model.has_dropout:
+            return None
+        halves = self.model.halves(first)
+        return LowerStates(halves, self.settings.cache_bytes, self._hidden_size, self.model.lm.dtype)
+
+    def _keep_lower(self, number: int, sitter: Sitter) -> None:
+        if self._lower is None or sitter.num_steps == sitter.steps_per_epoch:
+            return  # what is asked for once is not worth keeping
+        lower, budget = self._lower, self.settings.num_tokens_per_batch
+
+        def run(rows: list[Row]) -> Tensor:
+            packed = pack(rows, self.model.device)
+            self.model.set_rows(self._rows(packed, rows))
+            mask_R1TT = packed.mask(self.model.lm.dtype)
+            return lower.halves.lower(packed.ids_RT, packed.position_RT, mask_R1TT)
+
+        lower.keep(number, sitter.all_rows(number, budget, self._hidden_size), budget, run)
 
     def _rows(self, packed: Packed, rows: list[Row]) -> Rows:
         device, found = self.model.device, Rows(packed.slot_R)

@@ -114,7 +114,7 @@ class UsersJob:
         lm = self._context.load_lm(with_population=True)
         lora = config.user.lora
         names = sorted({*lora.target_modules, *config.group.lora.target_modules})
-        self._layout = LoraLayout.of(find_targets(lm, lora.target_modules), lora)
+        self._layout = LoraLayout.of(find_targets(lm, lora.target_modules, lora.layers), lora)
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._levels: dict[str, GroupLevel] = {}
         self._features: FeatureData | None = None

@@ -46,23 +46,46 @@ class UserResult:
 
 
 @dataclass
-class Counters:
-    """What a call of `train_users` did; counted for benchmarks and logs.
+class TickCounters:
+    """Ticks counted up, for benchmarks.
 
     Attributes:
-        num_tokens, num_padded: tokens run, without and with padding; a shared prefix counts once.
         num_ticks: optimizer steps of all users together.
-        taken_slots, full_slots: slots with a user, over the ticks, and the same while users were waiting for one.
-        open_slots, offered_slots: slots there were, over the same ticks.
+        num_tokens, num_padded: tokens run, without and with padding; a shared prefix counts once.
+        num_slots, num_taken: slots over the ticks, and those of them with a user.
     """
 
+    num_ticks: int = 0
     num_tokens: int = 0
     num_padded: int = 0
-    num_ticks: int = 0
-    taken_slots: int = 0
-    full_slots: int = 0
-    open_slots: int = 0
-    offered_slots: int = 0
+    num_slots: int = 0
+    num_taken: int = 0
+
+    def count(self, pool: SlotPool) -> None:
+        """Add the pool's last tick."""
+        self.num_ticks += 1
+        self.num_tokens += pool.num_real
+        self.num_padded += pool.num_padded
+        self.num_slots += pool.buffers.num_slots
+        self.num_taken += len(pool.sitting)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slots that had a user; 1 where there was no tick."""
+        return self.num_taken / self.num_slots if self.num_slots else 1.0
+
+    @property
+    def padding(self) -> float:
+        """Share of the tokens run that were padding."""
+        return 1 - self.num_tokens / self.num_padded if self.num_padded else 0.0
+
+
+@dataclass
+class Counters:
+    """What a call of `train_users` did, all in all, and while users were waiting for a slot (before the tail)."""
+
+    whole: TickCounters = field(default_factory=TickCounters)
+    waiting: TickCounters = field(default_factory=TickCounters)
 
 
 def train_users(
@@ -101,9 +124,6 @@ def train_users(
     finally:
         model.attach_users(None)
         model.set_rows(Rows())
-    if counters is not None:
-        counters.num_tokens += pool.num_real
-        counters.num_padded += pool.num_padded
     return [results[task.key] for task in tasks]
 
 
@@ -114,8 +134,10 @@ def _work_through(
     while queue or pool.sitting:
         while queue and free:
             pool.seat(free.pop(), queue.pop())
-        _count(counters, pool, bool(queue))
         pool.tick()
+        if counters is not None:
+            for each in (counters.whole, counters.waiting) if queue else (counters.whole,):
+                each.count(pool)
         for number, reason in _leaving(pool).items():
             result = _result(pool, number, reason)
             results[result.key] = result
@@ -158,14 +180,3 @@ def _result(pool: SlotPool, number: int, reason: str) -> UserResult:
     if not reason and not own.has_effect(row_P):
         reason = f"the adapter has no effect after {sitter.step} steps (learning rate 0: warm-up, or too few steps)"
     return UserResult(sitter.task.key, None if reason else row_P, reason, sitter.losses, len(sitter.task.examples))
-
-
-def _count(counters: Counters | None, pool: SlotPool, is_waiting: bool) -> None:
-    if counters is None:
-        return
-    counters.num_ticks += 1
-    counters.taken_slots += len(pool.sitting)
-    counters.open_slots += pool.buffers.num_slots
-    if is_waiting:
-        counters.full_slots += len(pool.sitting)
-        counters.offered_slots += pool.buffers.num_slots

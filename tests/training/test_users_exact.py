@@ -6,10 +6,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import get_scheduler
 
-from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
@@ -17,12 +14,12 @@ from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import PRESETS
 from proper_ds.training.config import UserConfig
-from proper_ds.training.slots import UserTask, item_order, num_user_steps
+from proper_ds.training.slots import UserTask
 from proper_ds.training.users import train_users
 from tests.fakes import UNUSED_TOKEN, random_examples, tiny_llama
+from tests.training.alone import SEED, peft_of, train_alone
 
 HISTORIES = [1, 2, 3, 5, 8, 13, 4, 4]
-SEED = 7
 
 
 def _settings(targets, **changes):
@@ -77,49 +74,6 @@ def _train_together(dtype, settings, group=None, group_dropout=0.0):
     return layout, tasks, train_users(model, layout, tasks, settings, SEED)
 
 
-def _train_alone(lm, wrapped, layout, task, settings, before_step=lambda: None):
-    """One user, one process, one example at a time: PEFT's LoRA under torch's own AdamW and clipping."""
-    seed = seed_of(SEED, "user", task.key)
-    loras = {}
-    start = layout.initial_row(seed, lm.dtype).unsqueeze(0)
-    for name, a, b in layout.views(start):
-        module = next(m for n, m in wrapped.named_modules() if n.endswith(name) and hasattr(m, "lora_A"))
-        module.lora_A["default"].weight.data = a[0].clone()
-        module.lora_B["default"].weight.data = b[0].clone()
-        loras[name] = (module.lora_A["default"].weight, module.lora_B["default"].weight)
-    parameters = [p for pair in loras.values() for p in pair]
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    num_steps = num_user_steps(len(task.examples), settings)
-    warmup = math.ceil(num_steps * settings.warmup_ratio)
-    scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, warmup, num_steps)
-    losses = []
-    for order in item_order(len(task.examples), num_steps, settings.per_device_train_batch_size, seed):
-        examples = [task.examples[i] for i in order]
-        total = sum(e.num_targets for e in examples)
-        loss = torch.zeros((), dtype=lm.dtype)
-        for e in examples:
-            before_step()
-            ids = torch.from_numpy(e.ids).unsqueeze(0)
-            logits = lm(input_ids=ids).logits[0, e.num_prompt - 1 : -1]
-            loss = loss + torch.nn.functional.cross_entropy(logits, ids[0, e.num_prompt :], reduction="sum") / total
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-        losses.append(float(loss.detach()))
-    row = torch.cat([torch.cat([a.flatten(), b.flatten()]) for a, b in loras.values()]).detach()
-    return losses, row
-
-
-def _peft(lm, settings):
-    return get_peft_model(
-        lm, LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=settings.lora.target_modules)
-    )
-
-
 TARGETS = [["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]]
 
 
@@ -129,9 +83,9 @@ def test_each_user_equals_peft_alone_in_fp64(targets, schedule):
     settings = _settings(targets, lr_scheduler_type=schedule)
     layout, tasks, results = _train_together(torch.float64, settings)
     lm = tiny_llama(dtype=torch.float64)
-    wrapped = _peft(lm, settings)
+    wrapped = peft_of(lm, settings)
     for task, result in zip(tasks, results, strict=True):
-        losses, row = _train_alone(lm, wrapped, layout, task, settings)
+        losses, row = train_alone(lm, wrapped, layout, task, settings)
         assert result.losses == pytest.approx(losses, abs=1e-9)
         assert (result.row_P - row).abs().max() < 1e-9
         assert len(set(losses)) > 1, "the test must train something"
@@ -142,9 +96,9 @@ def test_losses_equal_peft_alone_in_fp32(targets):
     settings = _settings(targets)
     layout, tasks, results = _train_together(torch.float32, settings)
     lm = tiny_llama()
-    wrapped = _peft(lm, settings)
+    wrapped = peft_of(lm, settings)
     for task, result in zip(tasks, results, strict=True):
-        losses, _ = _train_alone(lm, wrapped, layout, task, settings)
+        losses, _ = train_alone(lm, wrapped, layout, task, settings)
         assert result.losses == pytest.approx(losses, abs=1e-5)
 
 
@@ -161,7 +115,7 @@ def test_each_user_equals_peft_alone_on_frozen_groups(preset):
     for adapted in model.adapted.values():
         adapted.base.requires_grad_(False)
     inner = [f"{name}.base" for name in model.adapted]
-    wrapped = get_peft_model(lm, LoraConfig(r=3, lora_alpha=6, target_modules=inner))
+    wrapped = peft_of(lm, settings, targets=inner)
     for p in group.parameters():
         p.requires_grad_(False)
     for task, result in zip(tasks, results, strict=True):
@@ -170,7 +124,7 @@ def test_each_user_equals_peft_alone_on_frozen_groups(preset):
         inner_layout = LoraLayout(
             tuple(type(m)(f"{m.name}.base", m.in_features, m.out_features) for m in layout.modules), 3, 6
         )
-        losses, row = _train_alone(lm, wrapped, inner_layout, task, settings)
+        losses, row = train_alone(lm, wrapped, inner_layout, task, settings)
         assert result.losses == pytest.approx(losses, abs=1e-9)
         assert (result.row_P - row).abs().max() < 1e-9
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from proper_ds.bench.harness import in_turn, machine, tell, write_result
+from proper_ds.bench.harness import Measured, in_turn, machine, tell, write_result
 from proper_ds.bench.store_catalog import open_million
 from proper_ds.bench.store_sides import (
     USERS_PER_UNIT,
@@ -127,7 +127,7 @@ def _measure_reads(store: StoreSide, directories: DirectorySide, num_users: int,
             found += read_seconds(sides[name], some_of(num_users, NUM_READS), cold=kind == "cold")
     # the first batch of all is not measured, it warms both
     batches = in_turn({name: partial(_read_batch, side, num_users) for name, side in sides.items()}, num_repeats + 1)
-    batch_s = {name: sorted(found.values[1:])[num_repeats // 2] for name, found in batches.items()}
+    batch_s = {name: Measured(found.values[1:]).median for name, found in batches.items()}
 
     def quantile(kind: str, share: float) -> dict[str, float]:
         return {name: sorted(seconds[name, kind])[int(share * len(seconds[name, kind]))] for name in sides}

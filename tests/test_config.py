@@ -60,7 +60,7 @@ BAD = [
     ("evaluation.methods=[proper,magic]", "evaluation.methods", "magic"),
     ("evaluation.methods=[proper,proper]", "evaluation.methods", "each once"),
     ("fleet.num_actors=many", "fleet.num_actors", "auto"),
-    ("store.dtype=int4", "store.dtype", "'float32' or 'bfloat16'"),
+    ("store.dtype=int4", "store.dtype", "'float32', 'bfloat16' or 'int8'"),
     ("data.path=null", "data.path", "not set.*data.path=FOLDER"),
     ("evaluation.methods=[base,popluation,oppu]", "evaluation.methods", "'oppu', 'popluation' is not legal"),
     ("population=3", "population", "Give a section of keys"),

@@ -26,6 +26,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_schedules(config),
         *_batches(config),
         *_methods(config),
+        *_update(config),
         *_deepspeed(config),
     ]
 
@@ -123,6 +124,19 @@ def _methods(config: RunConfig) -> list[Problem]:
     if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:
         mend = "Remove it, or use `closed_labels: score`."
         problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))
+    return problems
+
+
+def _update(config: RunConfig) -> list[Problem]:
+    key, problems = "user.only_changed", []
+    if not config.user.only_changed:
+        return []
+    if not needs_of(config.evaluation.methods).adapter_sets:
+        mend = "Remove it, or evaluate a method with user adapters, such as OPPU."
+        problems.append(Problem(key, "has no effect: no method of evaluation.methods has user adapters", mend))
+    if config.data.prepared is not None:
+        mend = "Give `data.path`: the run prepares each night's data itself, so that users keep their places."
+        problems.append(Problem(key, "cannot work on data.prepared", mend))
     return problems
 
 

@@ -27,14 +27,15 @@ from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
 from proper_ds.pipeline.plan import check_inputs
 from proper_ds.pipeline.record import record_run
+from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stages import STEPS, Stage, StageList
 from proper_ds.run_folder import RunFolder
-from proper_ds.store.catalog import Catalog
+from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext, base_dtype
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
 from proper_ds.training.selection import users_with_queries
-from proper_ds.training.unit_jobs import users_to_train
+from proper_ds.training.set_plan import ensure_plan, users_to_train
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -65,6 +66,7 @@ class Run:
             self._stack = stack
             stack.enter_context(self.folder.locked())
             record_run(self.config, self.folder)
+            self._say_what_is_kept()
             for step in STEPS:
                 wanted = self.stages.of(step)
                 missing = [stage for stage in wanted if not self._is_done(stage)]
@@ -82,6 +84,11 @@ class Run:
 
     def _is_done(self, stage: Stage) -> bool:
         return self.folder.stage(stage.name).is_done(stage.fingerprint)
+
+    def _say_what_is_kept(self) -> None:
+        for stage in self.stages:
+            if stage.kept_since:
+                get_logger().info("%s: kept as it was made on %s, from earlier data", stage.name, stage.kept_since)
 
     def cluster(self) -> Cluster:
         """The Ray cluster; joined or started when the first stage needs it."""
@@ -110,7 +117,7 @@ class Run:
             check_inputs(self.config, self.context.prepared.manifest, self._evaluates)
             self._is_checked = True
         for stage in missing:
-            if self.folder.stage(stage.name).begin(stage.fingerprint):
+            if self._begin(stage):
                 get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
         names = ", ".join(stage.name for stage in missing)
         what = step if names == step else f"{step} ({names})"
@@ -133,22 +140,35 @@ class Run:
         seconds = time.perf_counter() - start_s
         if missing[0].where != "ranks":  # ranks commit each of their stages themselves
             for stage in missing:
-                self.folder.stage(stage.name).commit(stage.fingerprint, stage.settings, seconds / len(missing))
+                place = self.folder.stage(stage.name)
+                place.commit(stage.fingerprint, stage.settings, seconds / len(missing), stage.made_from)
         self.metrics.log(step, event="done", seconds=seconds)
         get_logger().info("%s: done in %.1f s", what, seconds)
 
+    def _begin(self, stage: Stage) -> bool:
+        """Make a stage's folder ready; True where a result of other inputs was moved aside."""
+        place, about = self.folder.stage(stage.name), stage.about
+        if stage.step == "user":
+            newest = AdapterStore(place.path).last_version() if stage.is_update else 0
+            about = about | {"version": newest + 1}
+        return place.begin(stage.fingerprint, about, stage.is_update)
+
     def _prepare(self, stages: list[Stage]) -> None:
-        manifest = prepare(self.config.data, self.folder.stage("prepared").path, self.view.report)
+        known = known_before(self.folder, stages[0])
+        manifest = prepare(self.config.data, self.folder.stage("prepared").path, self.view.report, known)
+        keep_roster(self.folder, stages[0])
         about = ", ".join(f"{name} {n['num_users']}/{n['num_queries']}" for name, n in manifest.splits.items())
         get_logger().info(
             "%d users, %d history items; users/questions by split: %s",
-            manifest.num_users,
+            manifest.num_users - manifest.num_empty,
             manifest.num_history_items,
             about,
         )
         for kind, count in manifest.set_aside.items():
             if count:
                 get_logger().warning("%d set aside as %s; see problems.jsonl", count, kind)
+        if manifest.num_forgotten:
+            get_logger().warning("%d forgotten users stand in the data still; left out", manifest.num_forgotten)
 
     def _base(self, stages: list[Stage]) -> None:
         assert self.config.base.create is not None
@@ -187,7 +207,7 @@ class Run:
             )
 
     def _ranks(self, stages: list[Stage]) -> None:
-        options = {"stages": [[stage.name, stage.fingerprint, stage.settings] for stage in stages]}
+        options = {"stages": [[s.name, s.fingerprint, s.settings, s.made_from] for s in stages]}
         with follow_metrics(self.folder.metrics, self.view):
             run_gang("proper_ds.training.rank_jobs:run_stages", self.config, options, stages[0].step, self.cluster())
 
@@ -198,15 +218,17 @@ class Run:
         self._fleet("proper_ds.training.unit_jobs:FeaturesJob", {}, "features", units, pending)
 
     def _users(self, stages: list[Stage]) -> None:
-        mask = users_to_train(self.context)
-        if not mask.any():
+        if not users_to_train(self.context).any():
             raise UserError(
                 "step user: no user has history to learn from; check the data, or drop the personal methods"
             )
-        sets = [stage.name.removeprefix("store/") for stage in stages]
-        units = [unit for name in sets for unit in self._units(mask, part=name)]
-        done = {name: Catalog(self.folder.stage(f"store/{name}").path / "catalog").units() for name in sets}
+        places = {stage.name.removeprefix("store/"): self.folder.stage(stage.name) for stage in stages}
+        plans = {name: ensure_plan(self.context, place) for name, place in places.items()}
+        units = [unit for name, plan in plans.items() for unit in self._units(plan.chosen, part=name)]
+        done = {name: AdapterStore(places[name].path).units(plan.version) for name, plan in plans.items()}
         pending = [unit for unit in units if unit.name not in done[unit.part]]
+        if not units:
+            get_logger().info("user: no history changed, so no adapter is trained")
         self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending)
 
     def _evaluate(self, stages: list[Stage]) -> None:
@@ -226,7 +248,7 @@ class Run:
     def _report(self, stages: list[Stage]) -> None:
         from proper_ds.evaluation.report import write_report
 
-        write_report(self.context)
+        write_report(self.context, {stage.name: stage.kept_since for stage in self.stages if stage.kept_since})
 
     def _units(self, mask: np.ndarray, part: str = "", empty_too: bool = False) -> list[Unit]:
         """Units of the masked users by their tokens; at least one token a user where those without count too."""

@@ -36,12 +36,14 @@ class UserTask:
         examples: the history as training pairs, oldest first.
         user_vector_U: for presets with a user encoder.
         table_line: for presets with a user table.
+        initial_row_P: where the adapter starts instead of at its seeded initial row: a warm start.
     """
 
     key: str
     examples: Sequence[Example]
     user_vector_U: Tensor | None = None
     table_line: int = 0
+    initial_row_P: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,12 @@ class _Pool:
         model.attach_users(self.buffers.modules(), settings.lora.lora_dropout)
 
     def seat(self, number: int, task: UserTask) -> None:
-        """Give a slot to a user: fresh adapter, fresh moments."""
+        """Give a slot to a user: fresh adapter or the given one, fresh moments."""
         assert self.buffers.grads_SP is not None
         slot = _Slot(task, self.settings, self.seed)
-        row_P = self.layout.initial_row(slot.seed, self.buffers.weights_SP.dtype)
+        row_P = task.initial_row_P
+        if row_P is None:
+            row_P = self.layout.initial_row(slot.seed, self.buffers.weights_SP.dtype)
         self.buffers.weights_SP[number] = row_P.to(self.buffers.weights_SP.device)
         self.buffers.grads_SP[number] = 0
         self.optimizer.reset(number)

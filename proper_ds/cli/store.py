@@ -1,4 +1,4 @@
-"""`proper-ds store get`: one user's adapter out of a run's store, as a PEFT directory."""
+"""`proper-ds store get`: one user's adapter out of a run's store, as a PEFT directory; `forget` is in `forget.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from proper_ds.cli.forget import forget
 from proper_ds.errors import StoreError
 
 app = typer.Typer(no_args_is_help=True, help="The adapter store.")
+app.command()(forget)
 
 
 @app.callback()
@@ -30,6 +32,7 @@ def get(
     It goes on top of the base with `population/adapter` merged in; in the sets `proper` and `proper-released` it was
     fitted with that run's group experts in place, which no PEFT directory can hold.
     """
+    from proper_ds.erasure.exports import record_export
     from proper_ds.model.adapter_file import peft_config, save_peft
     from proper_ds.store.store import AdapterStore
 
@@ -47,4 +50,5 @@ def get(
     modules = sorted({module.name.rsplit(".", 1)[-1] for module in store.layout.modules})
     about = peft_config(store.layout, modules, 0.0, base, made_for["revision"])
     save_peft(out, row_P, store.layout, about)
+    record_export(run, user, set, out)
     typer.echo(f"adapter of user {user!r} ({store.layout.num_parameters:,} numbers): {out}")

@@ -76,6 +76,10 @@ class Catalog:
         fragments = {unit_of(name) for name in self.listing(FRAGMENTS)}  # before the snapshots, see `load`
         return fragments | self._units_in_snapshot()
 
+    def has_anything(self) -> bool:
+        """Whether anything was ever committed here."""
+        return any(self.listing(folder) for folder in (SNAPSHOTS, FRAGMENTS))
+
     def listing(self, folder: str) -> dict[str, int]:
         """Bytes by name of the committed files in one of the catalog's folders."""
         return {name: size for name, size in self.files.listing(folder).items() if _is_whole(name)}
@@ -124,9 +128,11 @@ class Catalog:
             fragments = {unit_of(name) for name in self.listing(FRAGMENTS)}
             rollbacks = frozenset(self.listing(ROLLBACKS))
             try:
-                return self._read(self.newest_snapshot(), fragments, rollbacks)
+                found = self._read(self.newest_snapshot(), fragments, rollbacks)
             except FileNotFoundError:  # compacted since the listing
                 continue
+            pa.default_memory_pool().release_unused()  # as much again, from putting the columns together
+            return found
         raise StoreError(f"catalog {self.files.location} changes faster than it can be read; try again")
 
     def _read(self, snapshot: int, fragments: set[tuple[str, int]], rollbacks: frozenset[str]) -> Contents:

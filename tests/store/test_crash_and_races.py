@@ -180,6 +180,19 @@ def test_two_writers_of_one_unit_cannot_both_win(tmp_path):
         assert store.verify().orphans == (), "losers leave no pack behind"
 
 
+def test_a_link_whose_answer_was_lost_is_a_commit(tmp_path, monkeypatch):
+    """NFS repeats a request that was not answered, and then finds the name taken, by itself."""
+    real = layer.os.link
+
+    def linked_twice(source, target):
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(layer.os, "link", linked_twice)
+    assert put(AdapterStore(tmp_path), "unit-0", {"u": rows(1)[0]}) > 0
+    assert torch.equal(AdapterStore(tmp_path).get("u"), rows(1)[0])
+
+
 def test_a_late_writer_does_not_undo_a_compaction(tmp_path):
     """A worker thought dead puts its unit after another has, and after that was compacted and its fragment deleted."""
     found = rows(2)

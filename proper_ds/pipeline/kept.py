@@ -6,7 +6,6 @@ settings would pass for what the configuration says.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from proper_ds.errors import ConfigError, Problem, UserError
@@ -87,7 +86,7 @@ class Kept:
     def compare(self, name: str, then: dict[str, Any], now: dict[str, Any]) -> None:
         """Note every setting that is not what it was when a result was made."""
         section = {"base": "base.create", "store": "user"}.get(name.partition("/")[0], name.partition("/")[0])
-        before, after = _flat(json.loads(json.dumps(then))), _flat(json.loads(json.dumps(now)))
+        before, after = _flat(then), _flat(now)
         for setting in sorted({*before, *after} - set(IDLE)):
             was, given = before.get(setting), after.get(setting)
             if was != given:

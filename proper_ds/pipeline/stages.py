@@ -6,6 +6,7 @@ complete shared stages keep the fingerprint they have, and stores are brought up
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,7 +71,7 @@ class Stage:
 
 
 def _dump(section: Any) -> dict[str, Any]:
-    found: dict[str, Any] = section.model_dump(mode="json")
+    found: dict[str, Any] = json.loads(section.model_dump_json())  # keys of text, as they are when read back
     return found
 
 

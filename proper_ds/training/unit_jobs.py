@@ -23,7 +23,8 @@ from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData, compute_features, previous_features, write_features
 from proper_ds.training.selection import table_line
 from proper_ds.training.set_plan import SetPlan
-from proper_ds.training.users import UserTask, train_users
+from proper_ds.training.slots import UserTask
+from proper_ds.training.users import train_users
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig

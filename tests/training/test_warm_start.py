@@ -12,7 +12,8 @@ from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
 from proper_ds.model.lora import LoraLayout
 from proper_ds.training.config import UserConfig
-from proper_ds.training.users import UserTask, train_users
+from proper_ds.training.slots import UserTask
+from proper_ds.training.users import train_users
 from tests.fakes import random_examples, tiny_llama
 
 SEED = 3

@@ -26,6 +26,7 @@ from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
 from proper_ds.pipeline.plan import check_inputs
+from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.record import record_run
 from proper_ds.pipeline.stages import STEPS, Stage, StageList
 from proper_ds.run_folder import RunFolder
@@ -207,7 +208,11 @@ class Run:
         units = [unit for name in sets for unit in self._units(mask, part=name)]
         done = {name: Catalog(self.folder.stage(f"store/{name}").path / "catalog").units() for name in sets}
         pending = [unit for unit in units if unit.name not in done[unit.part]]
-        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending)
+
+        def quarantine(unit: Unit, reason: str) -> None:
+            give_up_unit(self.context, unit, mask, reason)
+
+        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending, quarantine)
 
     def _evaluate(self, stages: list[Stage]) -> None:
         mask = users_with_queries(self.context.tokens, self.config.evaluation.split)
@@ -236,7 +241,16 @@ class Run:
             cost = np.maximum(cost, 1)
         return plan_units((cost * mask).astype(np.int64), self.config.fleet.num_tokens_per_unit, part)
 
-    def _fleet(self, entry: str, options: dict[str, Any], step: str, units: list[Unit], pending: list[Unit]) -> None:
+    def _fleet(
+        self,
+        entry: str,
+        options: dict[str, Any],
+        step: str,
+        units: list[Unit],
+        pending: list[Unit],
+        quarantine: Callable[[Unit, str], None] | None = None,
+    ) -> None:
+        """Have the pending units worked through. `quarantine` commits one that is given up; without it none is."""
         total = sum(unit.num_users for unit in units)
         done = total - sum(unit.num_users for unit in pending)
         if len(pending) < len(units):
@@ -249,9 +263,16 @@ class Run:
             note = f"loss {report['last_loss']:.4f}" if report.get("last_loss") is not None else ""
             self.view.report(step, done, total, note)
 
+        def on_quarantined(unit: Unit, reason: str) -> None:
+            assert quarantine is not None
+            quarantine(unit, reason)
+            on_done(unit, {"quarantined": reason})
+
         if pending:
+            fleet = self.config.fleet
+            policy = FailurePolicy(fleet.max_retries, int(fleet.max_quarantined_share * total) if quarantine else 0)
             with ray_pool(entry, self.config, options, step, self.cluster()) as pool:
-                Controller(pending, pool, FailurePolicy(self.config.fleet.max_retries), on_done).run()
+                Controller(pending, pool, policy, on_done, on_quarantined if quarantine else None).run()
         assert done == total, f"{step}: {done} of {total} users are committed"
 
 

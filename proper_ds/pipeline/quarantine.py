@@ -1,0 +1,29 @@
+"""Committing a unit that is given up: its users are served by their group, and the run goes on.
+
+`pipeline/run.py` calls it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proper_ds.fleet.plan import Unit
+from proper_ds.model.base import find_targets
+from proper_ds.model.lora import LoraLayout
+from proper_ds.pipeline.plan import skeleton
+from proper_ds.store.store import AdapterStore
+from proper_ds.training.context import RunContext
+
+
+def give_up_unit(context: RunContext, unit: Unit, mask: np.ndarray, reason: str) -> None:
+    """Commit the masked users of a unit as failed, with the reason.
+
+    Should a worker that was thought lost commit the unit after all, the store keeps one of the two.
+    """
+    lora = context.config.user.lora
+    layout = LoraLayout.of(find_targets(skeleton(context.config), lora.target_modules), lora)
+    keys = [context.keys[user] for user in range(unit.first, unit.stop) if mask[user]]
+    store = AdapterStore(context.folder.stage(f"store/{unit.part}").path)
+    store.put_unit(
+        unit.name, {}, dict.fromkeys(keys, reason), dict.fromkeys(keys, (0, [])), layout, context.config.store.dtype
+    )

@@ -102,7 +102,7 @@ class Controller:
             match event:
                 case Done(worker, unit, report):
                     self._at[worker].remove(unit)
-                    self._attempts.pop((unit.part, unit.name), None)
+                    self._attempts.pop(_key(unit), None)
                     self._on_done(unit, report)
                 case Failed(worker, unit, error):
                     self._at[worker].remove(unit)
@@ -119,10 +119,18 @@ class Controller:
         for depth in range(1, UNITS_PER_WORKER + 1):  # nobody queues a second unit while another worker has none
             for worker in workers:
                 held = self._at.setdefault(worker, deque())
-                if self._waiting and len(held) < depth:
+                if self._waiting and len(held) < self._depth(held, depth):
                     unit = self._waiting.popleft()
                     held.append(unit)
                     self._pool.submit(worker, unit)
+
+    def _depth(self, held: deque[Unit], depth: int) -> int:
+        """How many units a worker that holds `held` may have: one that failed before is alone.
+
+        A worker that dies at once may take the news of the unit before along; that one is blamed then. Alone, only
+        the deadly unit is.
+        """
+        return 1 if any(_key(unit) in self._attempts for unit in [self._waiting[0], *held]) else depth
 
     def _lose(self, worker: int, why: str) -> None:
         held = self._at.pop(worker, deque())
@@ -134,7 +142,7 @@ class Controller:
         self._fail(running, None, f"its worker was lost ({why})")
 
     def _fail(self, unit: Unit, error: BaseException | None, why: str) -> None:
-        key, name = (unit.part, unit.name), f"{unit.part} {unit.name}".strip()
+        key, name = _key(unit), f"{unit.part} {unit.name}".strip()
         attempts = self._attempts[key] = self._attempts.get(key, 0) + 1
         decision = self._policy.decide(Failure(name, error, attempts, unit.num_users, self._num_quarantined))
         if decision is Decision.RETRY:
@@ -157,3 +165,7 @@ class Controller:
         """Step until nothing is left."""
         while self.step():
             pass
+
+
+def _key(unit: Unit) -> tuple[str, str]:
+    return unit.part, unit.name

@@ -104,7 +104,8 @@ class RayPool:
                 events.append(Done(worker, unit, ray.get(ref)))
             except RayTaskError as error:
                 get_logger().error("%s %s: %s", self._stage, unit.name, error)
-                events.append(Failed(worker, unit, error.as_instanceof_cause()))
+                cause = error.cause  # the plain error: what Ray makes of it has a traceback for its message
+                events.append(Failed(worker, unit, cause if isinstance(cause, Exception) else error))
             except RayError as error:  # killed, its node lost, out of memory
                 events.append(self._lose(worker, _last_line(error)))
             self._running.pop(ref, None)

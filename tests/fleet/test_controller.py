@@ -140,6 +140,20 @@ def test_only_the_unit_that_ran_is_blamed_for_a_death():
     assert pool.num_started == 3
 
 
+def test_a_unit_that_failed_once_is_alone_at_its_worker_when_tried_again():
+    alone = []
+
+    def behave(worker, unit):
+        if unit.first == 0:
+            alone.append([held.first for held in pool.queues[worker]] == [0])
+            return "dies" if len(alone) < 3 else None
+        return None
+
+    pool = FakePool(2, behave)
+    assert sorted(run(pool, 12)) == list(range(12))
+    assert alone == [False, True, True]
+
+
 def test_a_lost_worker_gets_nothing_more_and_a_new_one_gets_work():
     def between(pool):
         if len(pool.submitted) == 2 * UNITS_PER_WORKER and 0 in pool.queues:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,3 +34,26 @@ def control_plane(
 
     with tempfile.TemporaryDirectory(prefix="control-plane-", dir=folder) as empty:
         bench(users, num_actors or "auto", Path(empty), json_file)
+
+
+@app.command()
+def scaling(
+    what: Annotated[
+        Literal["actors", "flat", "commits"],
+        typer.Option(help="More actors; ten times the users; commits against none."),
+    ] = "actors",
+    num_actors: Annotated[int | None, typer.Option(min=1, help="For `actors`: the most; by default all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs, all in turn.")] = 5,
+    json_file: Json = None,
+) -> None:
+    """What the fleet adds to training: more actors, more users, durable commits."""
+    from proper_ds.bench import scaling as work
+
+    if num_actors is not None and what != "actors":
+        raise typer.BadParameter(f"has no effect with --what {what}; leave it out", param_hint="--num-actors")
+    if what == "actors":
+        work.bench_actors(repeats, num_actors or "auto", json_file)
+    elif what == "flat":
+        work.bench_flat(repeats, json_file)
+    else:
+        work.bench_commits(repeats, json_file)

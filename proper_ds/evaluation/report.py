@@ -89,8 +89,7 @@ def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
             continue
         store = AdapterStore(context.folder.stage(f"store/{name}").path)
         users = store.users()
-        packs = (store.folder / "packs").glob("*.safetensors")
-        num_bytes = sum(path.stat().st_size for path in packs)
+        num_bytes = store.stats().pack_bytes
         sets[name] = {
             "num_adapters": len(users),
             "num_failed": len(store.failures()),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from proper_ds.model.config import LoraSettings
 
 NUM_SAMPLED_USERS = 300
-STORED_BYTES = {"float32": 4, "bfloat16": 2}
+STORED_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def plan_lines(config: RunConfig, view: ProgressView) -> list[str]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from proper_ds.fleet.plan import Unit
-from proper_ds.model.base import find_targets
 from proper_ds.model.lora import LoraLayout
-from proper_ds.pipeline.plan import skeleton
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 
@@ -18,12 +16,12 @@ from proper_ds.training.context import RunContext
 def give_up_unit(context: RunContext, unit: Unit, mask: np.ndarray, reason: str) -> None:
     """Commit the masked users of a unit as failed, with the reason.
 
-    Should a worker that was thought lost commit the unit after all, the store keeps one of the two.
+    Where a worker that was thought lost has committed the unit after all, that stands and nothing changes.
     """
-    lora = context.config.user.lora
-    layout = LoraLayout.of(find_targets(skeleton(context.config), lora.target_modules), lora)
+    config = context.config
     keys = [context.keys[user] for user in range(unit.first, unit.stop) if mask[user]]
+    no_layout = LoraLayout((), config.user.lora.r, config.user.lora.lora_alpha)  # of adapters, of which there are none
     store = AdapterStore(context.folder.stage(f"store/{unit.part}").path)
     store.put_unit(
-        unit.name, {}, dict.fromkeys(keys, reason), dict.fromkeys(keys, (0, [])), layout, context.config.store.dtype
+        unit.name, {}, dict.fromkeys(keys, reason), dict.fromkeys(keys, (0, [])), no_layout, config.store.dtype
     )

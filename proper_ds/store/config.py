@@ -10,5 +10,5 @@ from proper_ds.section import Section
 class StoreConfig(Section):
     """Packs of safetensors with a catalog."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of stored adapters; bfloat16 halves the storage and rounds the weights."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type of stored adapters; bfloat16 halves the storage and rounds the weights, int8 quarters it and rounds more."""

@@ -87,14 +87,14 @@ class Driver:
 def committed(folder: Path) -> dict[Path, int]:
     """Every file that says that something is finished, with the time it was written."""
     names = ("*/done.json", "group/*/done.json", "store/*/done.json", "router/*/done.json")
-    names += ("features/*.safetensors", "store/*/catalog/*.parquet", "predictions/units/*.parquet")
+    names += ("features/*.safetensors", "store/*/catalog/fragments/*.arrows", "predictions/units/*.parquet")
     return {path: path.stat().st_mtime_ns for name in names for path in folder.glob(name)}
 
 
 def num_units(folder: Path, step: str) -> int:
     where = {
         "features": "features/*.safetensors",
-        "user": "store/*/catalog/*.parquet",
+        "user": "store/*/catalog/fragments/*.arrows",
         "evaluate": "predictions/units/*.parquet",
     }
     return sum(1 for _ in folder.glob(where[step]))

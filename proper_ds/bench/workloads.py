@@ -15,7 +15,7 @@ import torch
 from proper_ds.data.tokens import HISTORY, Example
 from proper_ds.model.config import LoraSettings
 from proper_ds.training.config import UserConfig
-from proper_ds.training.users import UserTask
+from proper_ds.training.slots import UserTask
 
 FIRST_TOKEN = 3
 
@@ -52,8 +52,8 @@ class Preset:
 
 PRESETS = {
     "small": Preset(128, 344, 4, 4, 4, 1024, 64, 64, 16, 48, 0),
-    "medium": Preset(384, 1024, 5, 6, 6, 4096, 64, 12, 79, 119, 64),
-    "large": Preset(768, 2048, 8, 12, 12, 4096, 16, 4, 79, 119, 64),
+    "medium": Preset(384, 1024, 5, 6, 6, 4096, 32, 8, 79, 119, 64),
+    "large": Preset(768, 2048, 8, 12, 12, 4096, 16, 3, 79, 119, 64),
     "1b": Preset(2048, 8192, 16, 32, 8, 128256, 512, 8, 64, 128, 48, num_tokens_per_batch=16384),
 }
 

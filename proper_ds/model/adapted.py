@@ -81,11 +81,11 @@ class PersonalModel(nn.Module):
         for name in Rows.__dataclass_fields__:
             setattr(self.rows, name, getattr(rows, name))
 
-    def attach_shared(self, loras: dict[str, SharedLora], dropout: float = 0.0) -> None:
-        """Switch a population LoRA on."""
-        for name, lora in loras.items():
-            self.adapted[name].shared = lora
-            self.adapted[name].dropout[_SHARED] = dropout
+    def attach_shared(self, loras: dict[str, SharedLora] | None, dropout: float = 0.0) -> None:
+        """Switch a population LoRA on, or off with None."""
+        for name, module in self.adapted.items():
+            module.shared = loras.get(name) if loras is not None else None
+            module.dropout[_SHARED] = dropout
 
     def attach_users(self, slots: dict[str, SlotLora] | None, dropout: float = 0.0) -> None:
         """Switch user slots on, or off with None."""
@@ -104,12 +104,14 @@ class PersonalModel(nn.Module):
         """Whether any addition drops out, so that rows need their keys."""
         return any(any(module.dropout) for module in self.adapted.values())
 
-    def hidden(self, ids_RT: Tensor) -> Tensor:
+    def hidden(self, ids_RT: Tensor, position_RT: Tensor | None = None, mask_R1TT: Tensor | None = None) -> Tensor:
         """Last hidden states [R, T, D] of right-padded rows.
 
-        No attention mask is needed: padding stands behind the real tokens, where causal attention does not look.
+        No attention mask is needed where each row is one text: padding stands behind the real tokens, where causal
+        attention does not look. Rows that hold several texts give positions, and what is added to attention scores.
         """
-        states: Tensor = backbone(self.lm)(input_ids=ids_RT, use_cache=False).last_hidden_state
+        given = {} if position_RT is None else {"position_ids": position_RT, "attention_mask": mask_R1TT}
+        states: Tensor = backbone(self.lm)(input_ids=ids_RT, use_cache=False, **given).last_hidden_state
         return states
 
     @property
@@ -123,14 +125,23 @@ class PersonalModel(nn.Module):
         found: Tensor = self.lm.get_output_embeddings()(states_RTD[row_K, position_K])
         return found
 
-    def target_losses(self, ids_RT: Tensor, row_K: Tensor, position_K: Tensor, target_K: Tensor) -> Tensor:
+    def target_losses(
+        self,
+        ids_RT: Tensor,
+        row_K: Tensor,
+        column_K: Tensor,
+        target_K: Tensor,
+        position_RT: Tensor | None = None,
+        mask_R1TT: Tensor | None = None,
+    ) -> Tensor:
         """Cross-entropy [K] of each target token, in at least fp32.
 
         Args:
             ids_RT: right-padded token ids.
-            row_K, position_K: where each target is predicted, one before where it stands.
+            row_K, column_K: where each target is predicted, one before where it stands.
             target_K: the tokens to be predicted.
+            position_RT, mask_R1TT: see `hidden`.
         """
-        logits_KV = self.logits_at(self.hidden(ids_RT), row_K, position_K)
+        logits_KV = self.logits_at(self.hidden(ids_RT, position_RT, mask_R1TT), row_K, column_K)
         exact = logits_KV if logits_KV.dtype == torch.float64 else logits_KV.float()
         return nn.functional.cross_entropy(exact, target_K, reduction="none")

@@ -1,4 +1,4 @@
-"""Dropout that is a function of (row key, token, channel, module) alone.
+"""Dropout that is a function of (text key, token, channel, module) alone.
 
 The same example in the same step gets the same mask whatever batch it stands in, so a user trained among others
 equals that user trained alone, and a resumed run equals an undisturbed one.
@@ -21,18 +21,23 @@ def _mixed(h: Tensor) -> Tensor:
     return h ^ ((h >> 33) & 0x7FFFFFFF)
 
 
-def row_dropout(x_RTD: Tensor, key_R: Tensor, module: int, p: float) -> Tensor:
+def token_keys(key_R: Tensor, position_RT: Tensor) -> Tensor:
+    """Keys [R, T] of tokens at these positions of texts with these keys (both int64; sums wrap)."""
+    return key_R.unsqueeze(-1) + position_RT * _TOKEN
+
+
+def row_dropout(x_RTD: Tensor, key_RT: Tensor, module: int, p: float) -> Tensor:
     """`x` with each element zeroed with probability `p` and the rest divided by `1 - p`.
 
     Args:
-        key_R: int64 key of each row: a hash of seed, user, step and example.
+        key_RT: key of each token, see `token_keys`; or [R], one key for each row that is a single text.
         module: number of the module, so that modules draw different masks.
     """
-    _, num_tokens, width = x_RTD.shape
     device = x_RTD.device
-    token_T = torch.arange(num_tokens, device=device) * _TOKEN
-    channel_D = torch.arange(width, device=device) * _CHANNEL
-    row_R = _mixed(key_R + torch.tensor(module, device=device) * _MODULE)  # wraps, as int64 does
-    hashed = _mixed(row_R[:, None, None] + token_T[:, None] + channel_D)
+    if key_RT.dim() == 1:
+        key_RT = token_keys(key_RT, torch.arange(x_RTD.shape[1], device=device))
+    channel_D = torch.arange(x_RTD.shape[-1], device=device) * _CHANNEL
+    token_RT = _mixed(key_RT + torch.tensor(module, device=device) * _MODULE)
+    hashed = _mixed(token_RT.unsqueeze(-1) + channel_D)
     keep = ((hashed >> 11) & 0xFFFFFF) >= int(p * (1 << 24))
     return x_RTD * keep / (1 - p)

@@ -110,6 +110,28 @@ class LoraLayout:
             wide_b[:, :, :r] = b * (self.r / r)
         return wide_P
 
+    def narrowed(self, row_P: Tensor, r: int) -> Tensor:
+        """The first `r` ranks of an adapter in this layout, as they are: A's first rows and B's first columns."""
+        parts = [part for _, a, b in self.views(row_P.unsqueeze(0)) for part in (a[0, :r], b[0, :, :r])]
+        return torch.cat([part.flatten() for part in parts])
+
+    def first_row(self, seed: int, r: int, earlier_P: Tensor | None = None) -> Tensor:
+        """Where a user of rank `r` starts, in this layout: a fresh adapter, or an earlier one in its scaling.
+
+        Args:
+            earlier_P: an adapter in this layout under this layout's scaling (as `widened` makes them). Ranks that it
+                leaves unused start like those of a fresh adapter: from A = B = 0 they could never learn.
+        """
+        row_P = self.initial_row(seed)
+        if earlier_P is None and r == self.r:
+            return row_P
+        earlier = self.views((torch.zeros_like(row_P) if earlier_P is None else earlier_P.to(row_P)).unsqueeze(0))
+        for (_, a, b), (_, old_a, old_b) in zip(self.views(row_P.unsqueeze(0)), earlier, strict=True):
+            a[:] = torch.where(old_a.any(-1, keepdim=True), old_a, a)
+            b[:] = old_b * (r / self.r)
+            a[:, r:], b[:, :, r:] = 0, 0
+        return row_P
+
     def has_effect(self, row_P: Tensor) -> bool:
         """Whether any B of an adapter is not zero."""
         return any(bool(b.any()) for _, _, b in self.views(row_P.unsqueeze(0)))
@@ -143,7 +165,7 @@ class SharedLora(nn.Module):
 
 
 class _SlotProduct(torch.autograd.Function):
-    """`scaling * B[slot] A[slot] x` for every row; adds A's and B's gradients straight into the slots' buffers.
+    """`scaling B[slot] A[slot] x` for every row; adds A's and B's gradients straight into the slots' buffers.
 
     Plain indexing would make autograd build a gradient as large as all slots for every module and micro-batch.
     """
@@ -155,27 +177,29 @@ class _SlotProduct(torch.autograd.Function):
         anchor: Tensor,
         a_SrD: Tensor,
         b_SEr: Tensor,
+        scaling_S: Tensor,
         slot_R: Tensor,
-        scaling: float,
         grads: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
+        scaling_R11 = scaling_S[slot_R].view(-1, 1, 1)
         a_RrD = a_SrD[slot_R].to(x_RTD.dtype)
-        b_REr = b_SEr[slot_R].to(x_RTD.dtype)
+        scaled_b_REr = b_SEr[slot_R].mul_(scaling_R11).to(x_RTD.dtype)
         code_RTr = torch.bmm(x_RTD, a_RrD.transpose(1, 2))
-        ctx.save_for_backward(x_RTD, code_RTr, a_RrD, b_REr, slot_R)
-        ctx.scaling, ctx.grads = scaling, grads
-        return torch.bmm(code_RTr, b_REr.transpose(1, 2)).mul_(scaling)
+        ctx.save_for_backward(x_RTD, code_RTr, a_RrD, scaled_b_REr, scaling_R11, slot_R)
+        ctx.grads = grads
+        return torch.bmm(code_RTr, scaled_b_REr.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RTD, code_RTr, a_RrD, b_REr, slot_R = ctx.saved_tensors
-        up_RTE = grads[0] * ctx.scaling
-        code_grad_RTr = torch.bmm(up_RTE, b_REr)
+        x_RTD, code_RTr, a_RrD, scaled_b_REr, scaling_R11, slot_R = ctx.saved_tensors
+        (grad_RTE,) = grads
+        code_grad_RTr = torch.bmm(grad_RTE, scaled_b_REr)
         if ctx.grads is not None:
             a_grad_SrD, b_grad_SEr = ctx.grads
             kind = a_grad_SrD.dtype
             a_grad_SrD.index_add_(0, slot_R, torch.bmm(code_grad_RTr.transpose(1, 2), x_RTD).to(kind))
-            b_grad_SEr.index_add_(0, slot_R, torch.bmm(up_RTE.transpose(1, 2), code_RTr).to(kind))
+            b_grad_REr = torch.bmm(grad_RTE.transpose(1, 2), code_RTr).to(kind)
+            b_grad_SEr.index_add_(0, slot_R, b_grad_REr.mul_(scaling_R11))
         x_grad = torch.bmm(code_grad_RTr, a_RrD) if ctx.needs_input_grad[0] else None
         return x_grad, None, None, None, None, None, None
 
@@ -183,15 +207,15 @@ class _SlotProduct(torch.autograd.Function):
 class SlotLora(nn.Module):
     """One LoRA per row of the batch, taken from the row's slot. Holds views, no parameters of its own."""
 
-    def __init__(self, a_SrD: Tensor, b_SEr: Tensor, scaling: float, grads: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, a_SrD: Tensor, b_SEr: Tensor, scaling_S: Tensor, grads: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
-        self._a, self._b, self._scaling, self._grads = a_SrD, b_SEr, scaling, grads
+        self._a, self._b, self._scaling, self._grads = a_SrD, b_SEr, scaling_S, grads
         # autograd runs the product's backward only if one of its inputs asks for a gradient; x may not
         self._anchor = torch.zeros((), device=a_SrD.device, requires_grad=grads is not None)
 
     def forward(self, x_RTD: Tensor, slot_R: Tensor) -> Tensor:
         """Each row's own addition to the module's output."""
-        out: Tensor = _SlotProduct.apply(x_RTD, self._anchor, self._a, self._b, slot_R, self._scaling, self._grads)
+        out: Tensor = _SlotProduct.apply(x_RTD, self._anchor, self._a, self._b, self._scaling, slot_R, self._grads)
         return out
 
 
@@ -201,6 +225,8 @@ class SlotBuffers:
     Attributes:
         weights_SP: the adapters.
         grads_SP: their gradients, or None where nothing trains.
+        scaling_S: `lora_alpha / r` of each; a slot may hold an adapter of a lower rank than the layout's, whose unused
+            rows of A and columns of B are zero and stay so: their gradients are zero.
     """
 
     def __init__(
@@ -209,6 +235,7 @@ class SlotBuffers:
         self.layout = layout
         self.weights_SP = torch.zeros(num_slots, layout.num_parameters, dtype=dtype, device=device)
         self.grads_SP = torch.zeros_like(self.weights_SP) if trainable else None
+        self.scaling_S = torch.full((num_slots,), layout.scaling, dtype=dtype, device=device)
 
     @property
     def num_slots(self) -> int:
@@ -218,7 +245,7 @@ class SlotBuffers:
     def modules(self) -> dict[str, SlotLora]:
         """A SlotLora for each module of the layout, all on these buffers."""
         weights = {name: (a, b) for name, a, b in self.layout.views(self.weights_SP)}
-        if self.grads_SP is None:
-            return {name: SlotLora(a, b, self.layout.scaling, None) for name, (a, b) in weights.items()}
-        grads = {name: (a, b) for name, a, b in self.layout.views(self.grads_SP)}
-        return {name: SlotLora(a, b, self.layout.scaling, grads[name]) for name, (a, b) in weights.items()}
+        grads = dict.fromkeys(weights)
+        if self.grads_SP is not None:
+            grads = {name: (a, b) for name, a, b in self.layout.views(self.grads_SP)}
+        return {name: SlotLora(a, b, self.scaling_S, grads[name]) for name, (a, b) in weights.items()}

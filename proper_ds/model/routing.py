@@ -24,7 +24,7 @@ class Rows:
         slot_R: each row's slot of user adapters.
         user_RU: each row's user vector (preset `proper`).
         table_R: each row's line in the released user tables.
-        key_R: each row's dropout key; None switches dropout off.
+        key_R: each row's dropout key, or [R, T] each token's; None switches dropout off.
         gates: filled by each router with (module, gates [R, T, N]) when it is a list.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -90,10 +90,31 @@ class UserConfig(OptimSettings):
     """Users with little history repeat their epochs until they have made so many optimizer steps."""
     max_history_items: int | None = Field(default=None, ge=1)
     """Train on a user's newest so many items only."""
-    num_slots: int = Field(default=64, ge=1)
-    """Users trained side by side on one device."""
+    rank_by_history: dict[int, int] | None = None
+    """`{1: 2, 10: 4, 50: 8}`: users with at least so many items get this LoRA rank; the largest is `lora.r`."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """End a user whose mean loss has not fallen for so many epochs (as Hugging Face's EarlyStoppingCallback)."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """By how much an epoch's loss must fall to count."""
+    share_prefix: bool = True
+    """Run the tokens that all items of a user begin with once a step; exact, and off for bases that lack 4-D masks."""
+    num_slots: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    """Users trained side by side on one device; `auto`: as many as fit a quarter of a GPU's memory, 64 on CPUs."""
     num_tokens_per_batch: int = Field(default=1024, ge=16)
     """Padded tokens in one forward pass; a user's step may take several."""
+
+    @field_validator("rank_by_history")
+    @classmethod
+    def _ranks(cls, value: dict[int, int] | None) -> dict[int, int] | None:
+        if value is not None and (1 not in value or min(value) < 1 or min(value.values()) < 1):
+            raise ValueError("give ranks of at least 1 by numbers of items from 1 on, such as {1: 2, 10: 4}")
+        return value
+
+    def rank_of(self, num_items: int) -> int:
+        """The LoRA rank of a user with so many items."""
+        if self.rank_by_history is None:
+            return self.lora.r
+        return self.rank_by_history[max(least for least in self.rank_by_history if least <= max(1, num_items))]
 
 
 class RouterConfig(RankTraining):

@@ -22,7 +22,8 @@ from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData, compute_features, write_features
 from proper_ds.training.selection import num_history, router_users, users_with_queries
-from proper_ds.training.users import UserTask, train_users
+from proper_ds.training.slots import UserTask
+from proper_ds.training.users import train_users
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig

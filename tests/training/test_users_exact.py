@@ -17,7 +17,8 @@ from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import PRESETS
 from proper_ds.training.config import UserConfig
-from proper_ds.training.users import UserTask, item_order, num_user_steps, train_users
+from proper_ds.training.slots import UserTask, item_order, num_user_steps
+from proper_ds.training.users import train_users
 from tests.fakes import UNUSED_TOKEN, random_examples, tiny_llama
 
 HISTORIES = [1, 2, 3, 5, 8, 13, 4, 4]

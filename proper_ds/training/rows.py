@@ -1,0 +1,188 @@
+"""From users' steps to rows of tokens: items of one user share the tokens they begin with; pure functions of indices.
+
+A row holds tokens of one user only: a prefix, once, and behind it the rest of each item, which sees the prefix and
+itself and none of its siblings. The prefix' gradient is then the sum over the items, as if each had run it alone.
+`users.py` makes, packs and runs rows. Shapes: R rows, T tokens, K target tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from proper_ds.data.batches import length_batches
+from proper_ds.data.tokens import Example
+
+Tensor = torch.Tensor
+
+PAD, PREFIX, FIRST_ITEM = 0, 1, 2
+"""What a token of a row is part of; the row's items count up from FIRST_ITEM."""
+LEAST_SAVING = 0.1
+"""Share of a step's tokens that sharing must save: attention over a longer row is not free."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Items of one user in one slot that share their first `num_prefix` tokens (0: a single item, as it is)."""
+
+    slot: int
+    num_prefix: int
+    examples: tuple[Example, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Width of the row."""
+        return self.num_prefix + sum(len(e.ids) - self.num_prefix for e in self.examples)
+
+
+def common_prefix(examples: Sequence[Example]) -> int:
+    """How many first tokens all examples share; each keeps at least the last token of its own prompt."""
+    if len(examples) < 2:
+        return 0
+    width = min(e.num_prompt for e in examples) - 1
+    first = examples[0].ids[:width]
+    for example in examples[1:]:
+        unequal = np.flatnonzero(first[: len(first)] != example.ids[: len(first)])
+        if len(unequal):
+            first = first[: unequal[0]]
+    return len(first)
+
+
+def widest_row(num_prefix: int, hidden_size: int) -> int:
+    """Tokens up to which a longer row is cheaper than running the prefix once more.
+
+    A row of L tokens costs about `L (6 h + L)` (linear layers, and attention of quadratic cost); the prefix is paid
+    once a row. The least cost per item is at `L = P (1 + sqrt(1 + 2 h / P))`, with attention counted three times,
+    as measured: its small matrix products run slower.
+    """
+    return int(num_prefix * (1 + math.sqrt(1 + 2 * hidden_size / num_prefix)))
+
+
+def rows_of_step(
+    slot: int, examples: Sequence[Example], prefix_of_task: dict[int, int], num_tokens: int, hidden_size: int
+) -> Iterator[Row]:
+    """The rows of one user's step.
+
+    Args:
+        prefix_of_task: shared first tokens of the user's items by task; empty where nothing is to be shared.
+        num_tokens: no row is wider, but for a single item that is.
+        hidden_size: of the base; see `widest_row`.
+    """
+    by_task: dict[int, list[Example]] = {}
+    for example in examples:
+        by_task.setdefault(example.task, []).append(example)
+    for task, items in by_task.items():
+        num_prefix = prefix_of_task.get(task, 0)
+        saved = num_prefix * (len(items) - 1)
+        if saved < LEAST_SAVING * sum(len(e.ids) for e in items):
+            yield from (Row(slot, 0, (example,)) for example in items)
+            continue
+        widest = min(num_tokens, widest_row(num_prefix, hidden_size))
+        held: list[Example] = []
+        width = num_prefix
+        for example in items:
+            own = len(example.ids) - num_prefix
+            if held and width + own > widest:
+                yield Row(slot, num_prefix, tuple(held))
+                held, width = [], num_prefix
+            held.append(example)
+            width += own
+        yield Row(slot, num_prefix, tuple(held))
+
+
+def micro_batches(rows: Sequence[Row], num_tokens: int) -> list[list[Row]]:
+    """Rows of similar width whose padded size stays within `num_tokens`; rows with a mask and without stay apart."""
+    found = []
+    for kind in ([r for r in rows if r.num_prefix], [r for r in rows if not r.num_prefix]):
+        for part in length_batches([row.num_tokens for row in kind], num_tokens):
+            found.append([kind[i] for i in part])
+    return found
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows as tensors.
+
+    Attributes:
+        ids_RT: token ids, padded on the right.
+        part_RT: what each token is part of; None where every row is one item.
+        position_RT: each token's place in its own item, for rotary embeddings; None as above.
+        slot_R: each row's slot.
+        row_K, column_K: where each target token is predicted.
+        target_K: the target tokens.
+        num_tokens: tokens that are not padding.
+    """
+
+    ids_RT: Tensor
+    part_RT: Tensor | None
+    position_RT: Tensor | None
+    slot_R: Tensor
+    row_K: Tensor
+    column_K: Tensor
+    target_K: Tensor
+    num_tokens: int
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to attention scores, [R, 1, T, T]: a token sees its prefix, and its own item up to itself."""
+        if self.part_RT is None:
+            return None
+        num = self.part_RT.shape[1]
+        key, query = self.part_RT[:, None, :], self.part_RT[:, :, None]
+        seen = ((key == PREFIX) | (key == query)) & torch.ones(num, num, dtype=torch.bool, device=key.device).tril()
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=key.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        return hidden.unsqueeze(1)
+
+
+def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
+    """The rows as tensors; all with a prefix, or all without."""
+    pieces: list[np.ndarray] = []
+    about: list[tuple[int, int, int, int, int, int]] = []  # row, part, column, position, prompt tokens of it, targets
+    for number, row in enumerate(rows):
+        column = row.num_prefix
+        if row.num_prefix:
+            pieces.append(row.examples[0].ids[: row.num_prefix])
+            about.append((number, PREFIX, 0, 0, 0, 0))
+        for item, example in enumerate(row.examples):
+            pieces.append(example.ids[row.num_prefix :])
+            own_prompt = example.num_prompt - row.num_prefix
+            about.append((number, FIRST_ITEM + item, column, row.num_prefix, own_prompt, example.num_targets))
+            column += len(pieces[-1])
+    row_n, part_n, column_n, position_n, prompt_n, targets_n = np.asarray(about, dtype=np.int64).T
+    length_n = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
+    flat = np.concatenate(pieces)
+    within = _counts_up(length_n)
+    row_at, column_at = np.repeat(row_n, length_n), np.repeat(column_n, length_n) + within
+    shape = (len(rows), max(r.num_tokens for r in rows))
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        wide = np.zeros(shape, dtype=np.int64)
+        wide[row_at, column_at] = values
+        return wide
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    ids = spread(flat)
+    target_row = np.repeat(row_n, targets_n)
+    target_column = np.repeat(column_n + prompt_n, targets_n) + _counts_up(targets_n)
+    shared = any(r.num_prefix for r in rows)
+    return Packed(
+        ids_RT=tensor(ids),
+        part_RT=tensor(spread(np.repeat(part_n, length_n))) if shared else None,
+        position_RT=tensor(spread(np.repeat(position_n, length_n) + within)) if shared else None,
+        slot_R=tensor(np.asarray([r.slot for r in rows], dtype=np.int64)),
+        row_K=tensor(target_row),
+        column_K=tensor(target_column - 1),
+        target_K=tensor(ids[target_row, target_column]),
+        num_tokens=len(flat),
+    )
+
+
+def _counts_up(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, .. for each of the lengths, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

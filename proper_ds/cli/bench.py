@@ -57,3 +57,17 @@ def scaling(
         work.bench_flat(repeats, json_file)
     else:
         work.bench_commits(repeats, json_file)
+
+
+@app.command()
+def store(
+    users: Annotated[int, typer.Option(min=256, help="Adapters to store.")] = 10_000,
+    adapter_bytes: Annotated[int, typer.Option(min=10_000, help="Size of one, about.")] = 100_000,
+    repeats: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 3,
+    scratch: Annotated[Path | None, typer.Option(help="A folder on the disk to measure.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Where to write the figures.")] = None,
+) -> None:
+    """The adapter store beside one PEFT directory per user."""
+    from proper_ds.bench.store import run
+
+    run(users, adapter_bytes, repeats, scratch, json)

@@ -124,9 +124,11 @@ class Catalog:
             fragments = {unit_of(name) for name in self.listing(FRAGMENTS)}
             rollbacks = frozenset(self.listing(ROLLBACKS))
             try:
-                return self._read(self.newest_snapshot(), fragments, rollbacks)
+                found = self._read(self.newest_snapshot(), fragments, rollbacks)
             except FileNotFoundError:  # compacted since the listing
                 continue
+            pa.default_memory_pool().release_unused()  # as much again, from putting the columns together
+            return found
         raise StoreError(f"catalog {self.files.location} changes faster than it can be read; try again")
 
     def _read(self, snapshot: int, fragments: set[tuple[str, int]], rollbacks: frozenset[str]) -> Contents:

@@ -131,11 +131,17 @@ class Index:
         """A column by row; places in a list of words where the column holds words."""
         return self._numbers[column]
 
+    @cached_property
+    def _by_status(self) -> dict[str, np.ndarray]:
+        words = self._words["status"]
+        return {
+            status: self._numbers["status"] == (words.index(status) if status in words else -1)
+            for status in (STORED, FAILED, ROLLBACK)
+        }
+
     def is_status(self, status: str) -> np.ndarray:
         """By row, whether it has this status."""
-        words = self._words["status"]
-        found: np.ndarray = self._numbers["status"] == (words.index(status) if status in words else -1)
-        return found
+        return self._by_status[status]
 
     def user_at(self, row: int) -> str:
         """The user of a row."""
@@ -173,17 +179,25 @@ class Index:
         """A user's versions and rollbacks, oldest first."""
         return [self.entry_at(row) for row in self.rows_of(user)]
 
-    def current(self, user: str) -> Entry | None:
-        """The highest version stored, unless rolled back since; the last failure where none is stored; or None."""
-        history = self.history(user)
-        stored = {entry.version: entry for entry in history if entry.status == STORED}
+    def current_row(self, user: str) -> int | None:
+        """The row of the highest version stored, unless rolled back since; of the last failure where none is stored."""
+        rows = self.rows_of(user)
+        if len(rows) < 2:
+            return rows[0] if rows else None
+        version, over = self._numbers["version"], self._numbers["over"]
+        stored = {int(version[row]): row for row in rows if self.is_status(STORED)[row]}
         if not stored:
-            return history[-1] if history else None
+            return rows[-1]
         highest = max(stored)
-        for entry in reversed(history):
-            if entry.status == ROLLBACK and entry.over >= highest:
-                return stored[entry.version]
+        for row in reversed(rows):
+            if self.is_status(ROLLBACK)[row] and over[row] >= highest:
+                return stored[int(version[row])]
         return stored[highest]
+
+    def current(self, user: str) -> Entry | None:
+        """The entry of `current_row`, or None."""
+        row = self.current_row(user)
+        return None if row is None else self.entry_at(row)
 
     def users(self) -> list[str]:
         """Users with a stored adapter, in the order of the catalog."""

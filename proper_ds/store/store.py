@@ -134,8 +134,8 @@ class AdapterStore:
 
     def has(self, user: str) -> bool:
         """Whether a user's adapter is stored."""
-        entry = self._index.current(user)
-        return entry is not None and entry.status == STORED
+        row = self._index.current_row(user)
+        return row is not None and bool(self._index.is_status(STORED)[row])
 
     @property
     def layout(self) -> LoraLayout:
@@ -181,10 +181,10 @@ class AdapterStore:
             raise StoreError(f"pack {error.filename or error} is missing; restore the file or train again") from None
 
     def _read(self, users: Sequence[str]) -> list[tuple[list[int], LoraLayout, Tensor]]:
-        groups: dict[tuple[str, int], list[int]] = {}
+        index, groups = self._index, dict[tuple[str, int], list[int]]()
         wanted = []
         for position, user in enumerate(users):
-            place = self._stored(user).place
+            place = index.place_at(self._stored_row(user))
             header = self._header(place.pack)
             wanted.append((header, place))
             groups.setdefault((header.dtype, place.rank), []).append(position)
@@ -195,13 +195,14 @@ class AdapterStore:
             found.append((positions, own, decode(records, own, dtype)))
         return found
 
-    def _stored(self, user: str) -> Entry:
-        entry = self._index.current(user)
-        if entry is None:
+    def _stored_row(self, user: str) -> int:
+        index = self._index
+        row = index.current_row(user)
+        if row is None:
             raise StoreError(f"store {self.location} has no user {user!r} (cold, or not trained)")
-        if entry.status != STORED:
-            raise StoreError(f"user {user!r} has no adapter: training failed ({entry.reason})")
-        return entry
+        if not index.is_status(STORED)[row]:
+            raise StoreError(f"user {user!r} has no adapter: training failed ({index.entry_at(row).reason})")
+        return row
 
     def _header(self, pack: str) -> PackHeader:
         header = self._headers.get(pack)
@@ -222,7 +223,7 @@ class AdapterStore:
                 back at the same moment.
         """
         self.refresh()
-        current, history = self._stored(user), self.history(user)
+        current, history = self._index.entry_at(self._stored_row(user)), self.history(user)
         stored = sorted({entry.version for entry in history if entry.status == STORED})
         if version is None:
             version = max((held for held in stored if held < current.version), default=0)

@@ -44,15 +44,17 @@ class Cluster:
         return Cluster(_alive_nodes(), self.on_gpu, self.is_ours)
 
     def num_actors(self, fleet: FleetConfig) -> int:
-        """Actors to keep running: as many as configured, or for `auto` as fit now, which can be none."""
-        return self.num_fitting(fleet.num_cpus_per_actor) if fleet.num_actors == "auto" else fleet.num_actors
+        """Actors to keep running: as many as configured, or for `auto` as fit now; one that waits where none fits."""
+        return max(1, self.num_fitting(fleet.num_cpus_per_actor)) if fleet.num_actors == "auto" else fleet.num_actors
 
     def check_actors(self, fleet: FleetConfig) -> None:
         """Raise ConfigError where the configured actors do not fit and never will."""
         fitting = self.num_fitting(fleet.num_cpus_per_actor)
-        if fitting < 1 and self.is_ours:
+        if not self.is_ours:
+            return
+        if fitting < 1:
             self._refuse("fleet.num_cpus_per_actor", f"{fleet.num_cpus_per_actor}, but {self}", "Lower it.")
-        if self.is_ours and self.num_actors(fleet) > fitting:
+        if self.num_actors(fleet) > fitting:
             mend = f"Use at most {fitting}, `auto`, or a larger cluster."
             self._refuse("fleet.num_actors", f"{fleet.num_actors}, but {self}", mend)
 

@@ -60,8 +60,8 @@ class UserStage:
         lines = (REPO / "cluster/ray.env").read_text(encoding="utf-8").splitlines()
         return dict(line.split("=") for line in lines if not line.startswith("#"))
 
-    def start_ray(self, host: Host) -> None:
-        host.start_ray(self.hosts[0], self.ray_log, **self.keepalive())
+    def start_ray(self, host: Host, **env: str) -> None:
+        host.start_ray(self.hosts[0], self.ray_log, **env)
 
     def start_driver(self):
         command = [sys.executable, "-m", "proper_ds", "run", self.yaml, "--steps", "user"]
@@ -108,7 +108,7 @@ def cut_and_see_its_unit_done_elsewhere(stage: UserStage, host: Host) -> float:
 
 
 def rejoin(stage: UserStage, host: Host) -> None:
-    """What an operator or KubeRay does with a lost host: start Ray there again."""
+    """What an operator or KubeRay does with a lost host: start Ray there again; here without cluster/ray.env."""
     host.kill()
     stage.start_ray(host)
     stage.wait_for_actor(host)
@@ -143,7 +143,7 @@ def test_a_host_killed_a_host_cut_off_and_the_driver_killed_in_one_run(
         stage = UserStage(write_run(folder, data), folder, tmp_path / "driver.log", tmp_path / "ray.log", rack)
         _, second, third = rack
         for host in rack:
-            stage.start_ray(host)
+            stage.start_ray(host, **stage.keepalive())
         driver = stage.start_driver()
         for host in rack:
             stage.wait_for_actor(host)
@@ -157,6 +157,7 @@ def test_a_host_killed_a_host_cut_off_and_the_driver_killed_in_one_run(
         stage.wait_for_commits(2)
         third.heal()
         rejoin(stage, second)
+        wait_for(lambda: "without RAY_grpc_client_keepalive_time_ms" in stage.log.read_text(), "a warning", WAIT_S)
         stage.wait_for_commits(2)
         assert driver.poll() is None, stage.log.read_text()
 

@@ -21,6 +21,7 @@ from proper_ds.erasure.people import ROSTER, Traces, check_known, places_of, sto
 from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
 from proper_ds.erasure.rows import Taken
 from proper_ds.erasure.scan import Scan, mention_pattern, scan
+from proper_ds.errors import UserError
 from proper_ds.evaluation.results import read_predictions, write_lamp_files
 from proper_ds.files import write_json_atomic
 from proper_ds.run_folder import RunFolder, StageFolder, stage_of
@@ -61,6 +62,14 @@ class Receipt:
     def is_proved(self) -> bool:
         """Whether nothing was found that should be gone."""
         return not self.proof["found"]
+
+
+def check_nothing_pending(root: Path) -> None:
+    """Raise UserError where forgetting was cut short: a run would work with half of somebody's data."""
+    if (root / FOLDER / PENDING).exists():
+        raise UserError(
+            f"{root}: forgetting users was cut short there; run the same `proper-ds store forget` again first"
+        )
 
 
 class _Work:
@@ -140,13 +149,13 @@ class _Work:
         for name in [*BY_PLACE, *(f"group/{path.name}" for path in self.run.root.glob("group/*"))]:
             place = self.run.stage(name)
             found = place.inputs() or place.begun()
-            if found is not None and found["made_from"].get("order") != order:
+            if found is not None and found.get("made_from", {}).get("order", order) != order:
                 place.begin("retired")
 
     def _order(self) -> str | None:
         marker = self.run.stage("tokens").inputs() if self.context.config.data.prepared else None
         marker = marker or self.run.stage("prepared").inputs() or self.run.stage("prepared").begun()
-        return marker["made_from"]["order"] if marker else None
+        return marker.get("made_from", {}).get("order") if marker else None
 
     def stages(self) -> None:
         """What stages derived from the users' data, known by their places."""

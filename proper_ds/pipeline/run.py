@@ -14,6 +14,7 @@ import torch
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import tokenize
+from proper_ds.erasure.forget import check_nothing_pending
 from proper_ds.errors import UserError
 from proper_ds.files import write_json_atomic
 from proper_ds.fleet.cluster import Cluster, ray_cluster
@@ -26,6 +27,7 @@ from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
 from proper_ds.pipeline.plan import check_inputs
+from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.record import record_run
 from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stages import STEPS, Stage, StageList
@@ -65,6 +67,7 @@ class Run:
         with ExitStack() as stack:
             self._stack = stack
             stack.enter_context(self.folder.locked())
+            check_nothing_pending(self.folder.root)
             record_run(self.config, self.folder)
             self._say_what_is_kept()
             for step in STEPS:
@@ -229,7 +232,11 @@ class Run:
         pending = [unit for unit in units if unit.name not in done[unit.part]]
         if not units:
             get_logger().info("user: no history changed, so no adapter is trained")
-        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending)
+
+        def quarantine(unit: Unit, reason: str) -> None:
+            give_up_unit(self.context, unit, plans[unit.part], reason)
+
+        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending, quarantine)
 
     def _evaluate(self, stages: list[Stage]) -> None:
         mask = users_with_queries(self.context.tokens, self.config.evaluation.split)
@@ -258,7 +265,16 @@ class Run:
             cost = np.maximum(cost, 1)
         return plan_units((cost * mask).astype(np.int64), self.config.fleet.num_tokens_per_unit, part)
 
-    def _fleet(self, entry: str, options: dict[str, Any], step: str, units: list[Unit], pending: list[Unit]) -> None:
+    def _fleet(
+        self,
+        entry: str,
+        options: dict[str, Any],
+        step: str,
+        units: list[Unit],
+        pending: list[Unit],
+        quarantine: Callable[[Unit, str], None] | None = None,
+    ) -> None:
+        """Have the pending units worked through. `quarantine` commits one that is given up; without it none is."""
         total = sum(unit.num_users for unit in units)
         done = total - sum(unit.num_users for unit in pending)
         if len(pending) < len(units):
@@ -271,9 +287,16 @@ class Run:
             note = f"loss {report['last_loss']:.4f}" if report.get("last_loss") is not None else ""
             self.view.report(step, done, total, note)
 
+        def on_quarantined(unit: Unit, reason: str) -> None:
+            assert quarantine is not None
+            quarantine(unit, reason)
+            on_done(unit, {"quarantined": reason})
+
         if pending:
+            fleet = self.config.fleet
+            policy = FailurePolicy(fleet.max_retries, int(fleet.max_quarantined_share * total) if quarantine else 0)
             with ray_pool(entry, self.config, options, step, self.cluster()) as pool:
-                Controller(pending, pool, FailurePolicy(self.config.fleet.max_retries), on_done).run()
+                Controller(pending, pool, policy, on_done, on_quarantined if quarantine else None).run()
         assert done == total, f"{step}: {done} of {total} users are committed"
 
 

@@ -21,7 +21,7 @@ from proper_ds.observe.log import get_logger
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData, compute_features, previous_features, write_features
-from proper_ds.training.selection import table_line
+from proper_ds.training.selection import num_history, table_line
 from proper_ds.training.set_plan import SetPlan
 from proper_ds.training.slots import UserTask
 from proper_ds.training.users import train_users
@@ -178,7 +178,9 @@ class UsersJob:
         level = self._level_of(unit.part)
         by_module = level.by_module() if level is not None else None
         self._model.attach_groups(by_module, config.group.lora.lora_dropout)
-        users = [user for user in range(unit.first, unit.stop) if plan.chosen[user]]
+        # somebody chosen may have been forgotten since
+        has_history = num_history(self._context.tokens) > 0
+        users = [user for user in range(unit.first, unit.stop) if plan.chosen[user] and has_history[user]]
         starts = self._starts(store, unit.part, [self._context.keys[user] for user in users])
         tasks = [self._task(user, level, starts.get(self._context.keys[user])) for user in users]
         results = train_users(self._model, self._layout, tasks, config.user, config.seed)

@@ -6,10 +6,13 @@ import json
 
 import pytest
 import yaml
+from rich.console import Console
 
 from proper_ds.config import load_config
 from proper_ds.errors import ConfigError, UserError
+from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.roster import Roster, known_before
+from proper_ds.pipeline.run import Run
 from proper_ds.pipeline.stages import StageList
 from proper_ds.run_folder import RunFolder
 from tests.end_to_end.runs import CONFIG
@@ -167,3 +170,11 @@ def test_the_roster_must_be_that_of_the_kept_stages(night):
         known_before(night.folder, stage)
     Roster(order, ["u"], {"LaMP_2": "words"}).write(night.folder.root)
     assert known_before(night.folder, stage).users == ["u"]
+
+
+def test_a_run_waits_for_a_forgetting_that_was_cut_short(night):
+    (night.folder.root / "forgotten").mkdir(parents=True)
+    (night.folder.root / "forgotten/pending.json").write_text("{}")
+    with pytest.raises(UserError, match="forgetting users was cut short"):
+        Run(load_config(night.yaml), ProgressView(Console(quiet=True))).run()
+    assert not (night.folder.root / "config.yaml").exists()

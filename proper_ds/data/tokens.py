@@ -227,14 +227,14 @@ class TokenData:
             row = int(self._first[start])
             ids = self._data.data.column("input_ids").slice(row, int(self._first[end]) - row).combine_chunks()
             offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
+            shape = np.stack([np.diff(offsets), num_prompt[row : row + len(ids)]], axis=1).astype(np.int64)
+            num_history = np.concatenate([[0], np.cumsum(kind[row : row + len(ids)] == HISTORY)])
             for user in range(start, end):
-                rows = [n for n in range(*self.range_of(user)) if kind[n] == HISTORY]
-                digest = hashlib.blake2b(digest_size=16)
-                for n in rows:
-                    tokens = values[offsets[n - row] : offsets[n - row + 1]]
-                    digest.update(np.asarray([len(tokens), num_prompt[n]], dtype=np.int64).tobytes())
-                    digest.update(tokens.tobytes())
-                found.append(digest.hexdigest() if rows else "")
+                a, b = (int(n) - row for n in self.range_of(user))
+                b = a + int(num_history[b] - num_history[a])  # questions come after the history
+                digest = hashlib.blake2b(shape[a:b].tobytes(), digest_size=16)
+                digest.update(values[offsets[a] : offsets[b]].tobytes())
+                found.append(digest.hexdigest() if b > a else "")
         return found
 
     def examples(self, indices: Sequence[int] | np.ndarray) -> list[Example]:

@@ -228,3 +228,26 @@ def test_somebody_of_whom_nothing_was_ever_there_is_not_forgotten(finished, tmp_
     with pytest.raises(StoreError, match="nobody was forgotten"):
         forget(load_config(finished.yaml), run, [somebody(run)[1].key, "stranger"])
     assert not (run / "forgotten.json").exists()
+
+
+def test_a_user_stage_in_the_middle_goes_on_without_the_user(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    yaml = write_run(run, finished.data)
+    index, user = somebody(run)
+    fragments = sorted((run / "store/OPPU/catalog").rglob("unit-*"))
+    bounds = [[int(n) for n in re.findall(r"\d{10}", path.name)] for path in fragments]
+    theirs = next(n for n, (first, stop) in enumerate(bounds) if first <= index < stop)
+    for n in (theirs, theirs + 1, len(fragments) - 1):
+        fragments[n].unlink()
+    (run / "store/OPPU/done.json").unlink()
+    forget(load_config(yaml), run, [user.key])
+    told = proper_ds("run", yaml, "--steps", "user")
+    assert f"{len(fragments) - 3} of {len(fragments)} units are committed already" in told
+    whole, resumed = (AdapterStore(folder / "store/OPPU") for folder in (finished.folder, run))
+    assert sorted(resumed.users()) == sorted(set(whole.users()) - {user.key})
+    assert not resumed.failures()
+    keys = PreparedData(run / "prepared").keys()
+    first, stop = bounds[theirs]
+    others = [key for key in resumed.users() if key not in keys[first:stop]]  # batches of that unit are other ones now
+    assert whole.get_many(others).equal(resumed.get_many(others))

@@ -43,6 +43,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def roster(self) -> Path:
+        """Users by index; see `pipeline/roster.py`."""
+        return self.root / "roster.parquet"
+
+    @property
     def logs(self) -> Path:
         """Log files by stage and rank or actor."""
         return self.root / "logs"

@@ -17,7 +17,7 @@ from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.manifest import Manifest
 from proper_ds.erasure import rows
 from proper_ds.erasure.exports import erase_exports
-from proper_ds.erasure.people import ROSTER, Traces, check_known, places_of, stores_of, traces_of
+from proper_ds.erasure.people import Traces, check_known, places_of, stores_of, traces_of
 from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
 from proper_ds.erasure.rows import Taken
 from proper_ds.erasure.scan import Scan, mention_pattern, scan
@@ -197,9 +197,9 @@ class _Work:
 
     def data(self) -> None:
         """The users' own rows, and with them the way to their places."""
-        roster, prepared = self.run.root / ROSTER, self.run.stage("prepared").path
-        if roster.exists():
-            self.note("roster", rows.erase_roster(roster, self.keys))
+        prepared = self.run.stage("prepared").path
+        if self.run.roster.exists():
+            self.note("roster", rows.erase_roster(self.run.roster, self.keys))
         if rows.is_prepared(prepared):
             self.note("prepared data", rows.erase_prepared(prepared, self.keys, self.mentions))
         elif prepared.exists():
@@ -227,12 +227,10 @@ def _drop_foreign(run: RunFolder, traces: Traces) -> int:
     """
     num_foreign = 0
     for kind, folder in (("text", "prepared"), ("tokens", "tokens"), ("features", "features")):
-        own = []
-        for trace in traces.by_kind.get(kind, []):
-            found = scan(run.root / folder, [], {kind: [trace]}).found if (run.root / folder).exists() else []
-            own += [] if found else [trace]
-            num_foreign += bool(found)
-        traces.by_kind[kind] = own
+        sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind.get(kind, []))}
+        foreign = {number for _, number in scan(run.root / folder, [], sought).found}
+        traces.by_kind[kind] = [trace for number, (trace,) in sought.items() if number not in foreign]
+        num_foreign += len(foreign)
     return num_foreign
 
 

@@ -22,7 +22,6 @@ from proper_ds.run_folder import RunFolder
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.features import FeatureData
 
-ROSTER = "roster.parquet"
 MIN_TEXT_BYTES, MIN_TOKENS, ROW_BYTES, NUM_OF_A_KIND = 24, 16, 64, 8
 """What is short may stand anywhere by chance, or be somebody else's too; so many traces of each kind will do."""
 
@@ -44,7 +43,7 @@ def places_of(run: RunFolder, keys: Sequence[str], prepared: Path) -> dict[str, 
     if (prepared / MANIFEST).exists():
         shards = [prepared / shard.file for shard in Manifest.read(prepared).shards]
     else:
-        shards = [run.root / ROSTER] if (run.root / ROSTER).exists() else []
+        shards = [run.roster] if run.roster.exists() else []
     columns = (pq.read_table(shard, columns=["user"]).column("user").to_pylist() for shard in shards)
     wanted = set(keys)
     return {key: index for index, key in enumerate(key for column in columns for key in column) if key in wanted}

@@ -21,8 +21,6 @@ from proper_ds.files import atomic_path
 from proper_ds.pipeline.stages import Stage
 from proper_ds.run_folder import RunFolder
 
-ROSTER = "roster.parquet"
-
 
 @dataclass(frozen=True)
 class Roster:
@@ -37,19 +35,19 @@ class Roster:
     users: list[str]
     instructions: dict[str, str]
 
-    def write(self, root: Path) -> None:
+    def write(self, path: Path) -> None:
         """Replace the run's roster."""
         about = {"order": self.order, "instructions": self.instructions}
         table = pa.table({"user": pa.array(self.users, pa.string())})
-        with atomic_path(root / ROSTER) as path:
-            pq.write_table(table.replace_schema_metadata({"roster": json.dumps(about)}), path, compression="zstd")
+        with atomic_path(path) as temporary:
+            pq.write_table(table.replace_schema_metadata({"roster": json.dumps(about)}), temporary, compression="zstd")
 
     @classmethod
-    def read(cls, root: Path) -> Roster | None:
+    def read(cls, path: Path) -> Roster | None:
         """The run's roster, or None where there is none."""
-        if not (root / ROSTER).exists():
+        if not path.exists():
             return None
-        table = pq.read_table(root / ROSTER)
+        table = pq.read_table(path)
         about = json.loads(table.schema.metadata[b"roster"])
         return cls(about["order"], table.column("user").to_pylist(), about["instructions"])
 
@@ -63,7 +61,7 @@ def known_before(folder: RunFolder, stage: Stage) -> Known:
     forgotten, order = Forgotten.read(folder.root), stage.made_from["order"]
     if order == stage.fingerprint:
         return Known(forgotten=forgotten)
-    roster = Roster.read(folder.root)
+    roster = Roster.read(folder.roster)
     if roster is None or roster.order != order:
         raise UserError(
             f"user.only_changed: the data in {folder.root} was prepared anew after the shared stages were trained, so"
@@ -76,4 +74,4 @@ def keep_roster(folder: RunFolder, stage: Stage) -> None:
     """Write down the order of the data just prepared; called before it is committed."""
     prepared = PreparedData(folder.stage(stage.name).path)
     instructions = {name: task.instruction for name, task in prepared.manifest.tasks.items()}
-    Roster(stage.made_from["order"], prepared.keys(), instructions).write(folder.root)
+    Roster(stage.made_from["order"], prepared.keys(), instructions).write(folder.roster)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from proper_ds.config import load_config
 from proper_ds.data.prepared import PreparedData
@@ -21,6 +22,7 @@ from proper_ds.errors import StoreError, UserError
 from proper_ds.observe.metrics import read_events
 from proper_ds.run_folder import RunFolder
 from proper_ds.store.store import AdapterStore
+from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
 from tests.end_to_end.nights import FOLDERS, lengthen
 from tests.end_to_end.runs import proper_ds, write_run
@@ -251,3 +253,22 @@ def test_a_user_stage_in_the_middle_goes_on_without_the_user(finished, tmp_path)
     first, stop = bounds[theirs]
     others = [key for key in resumed.users() if key not in keys[first:stop]]  # batches of that unit are other ones now
     assert whole.get_many(others).equal(resumed.get_many(others))
+
+
+def test_prepared_data_of_the_callers_own_is_left_alone_and_read_without_the_user(finished, tmp_path):
+    run, given = tmp_path / "run", tmp_path / "given"
+    shutil.copytree(finished.folder, run)
+    (run / "prepared").rename(given)
+    index, user = next(
+        (n, user) for n, user in enumerate(PreparedData(given).users()) if user.history and len(user.queries) > 1
+    )
+    config = load_config(finished.yaml, [f"data.prepared={given}", "data.path=[]", f"output_dir={run}"])
+    before = {path.name: path.read_bytes() for path in given.iterdir()}
+    receipt, _ = forget(config, run, [user.key])
+    assert {path.name: path.read_bytes() for path in given.iterdir()} == before
+    assert receipt.sources == [f"{given}: prepared data of your own, not touched; the run leaves the users out"]
+    assert receipt.is_proved
+    context = RunContext(config, torch.device("cpu"))
+    assert user.key not in context.keys
+    assert not any(example.ids.any() for example in context.tokens.examples_of(*context.tokens.range_of(index)))
+    assert not AdapterStore(run / "store/proper").has(user.key)

@@ -165,10 +165,10 @@ def test_the_roster_must_be_that_of_the_kept_stages(night):
     stage = night.stages(UPDATE)["prepared"]
     with pytest.raises(UserError, match="their order of users is lost"):
         known_before(night.folder, stage)
-    Roster("another", ["u"], {}).write(night.folder.root)
+    Roster("another", ["u"], {}).write(night.folder.roster)
     with pytest.raises(UserError, match="their order of users is lost"):
         known_before(night.folder, stage)
-    Roster(order, ["u"], {"LaMP_2": "words"}).write(night.folder.root)
+    Roster(order, ["u"], {"LaMP_2": "words"}).write(night.folder.roster)
     assert known_before(night.folder, stage).users == ["u"]
 
 

@@ -16,12 +16,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, get_scheduler
 
-from proper_ds.data.batches import collate, length_batches
+from proper_ds.data.batches import length_batches
 from proper_ds.data.tokens import Example
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.lora import LoraLayout, SharedLora
+from proper_ds.model.norms import fused_norms
+from proper_ds.model.routing import Rows
 from proper_ds.training.config import UserConfig
+from proper_ds.training.rows import Row, pack
 from proper_ds.training.slots import UserTask, item_order, num_user_steps
 
 IGNORED = -100
@@ -167,15 +170,19 @@ def ceiling(
     parameters = [p for lora in shared.values() for p in lora.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     try:
-        for step in zip(*(_orders(task, settings, seed) for task in tasks), strict=True):
-            examples = [example for own in step for example in own]
-            total = sum(e.num_targets for e in examples)
-            for part in length_batches([len(e.ids) for e in examples], settings.num_tokens_per_batch):
-                batch = collate([examples[i] for i in part], model.device)
-                losses_K = model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
-                (losses_K.sum() / total).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        with fused_norms(model.lm):
+            for step in zip(*(_orders(task, settings, seed) for task in tasks), strict=True):
+                examples = [example for own in step for example in own]
+                total = sum(e.num_targets for e in examples)
+                for part in length_batches([len(e.ids) for e in examples], settings.num_tokens_per_batch):
+                    batch = pack([Row(0, 0, (examples[i],)) for i in part], model.device)
+                    at = batch.places
+                    model.set_rows(Rows(places=at))
+                    losses_K = model.target_losses(batch.ids_RT, at.row_K, at.column_K, batch.target_K)
+                    (losses_K.sum() / total).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
     finally:
         model.attach_shared(None)
+        model.set_rows(Rows())

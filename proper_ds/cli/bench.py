@@ -71,3 +71,16 @@ def store(
     from proper_ds.bench.store import run
 
     run(users, adapter_bytes, repeats, scratch, json)
+
+
+@app.command()
+def users(
+    preset: Annotated[str, typer.Option(help="small, medium, large, or 1b (needs a GPU).")] = "small",
+    batch_size: Annotated[int, typer.Option(min=1, help="Items of one user in one of its steps.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs, in turn.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Where to write what is printed.")] = None,
+) -> None:
+    """Users per second of our engine, a PEFT loop, transformers.Trainer per user, and one shared LoRA."""
+    from proper_ds.bench.users import bench_users
+
+    bench_users(preset, batch_size, repeats, json)

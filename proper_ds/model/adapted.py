@@ -14,6 +14,7 @@ from proper_ds.model.base import backbone
 from proper_ds.model.dropout import row_dropout
 from proper_ds.model.experts import ExpertMixture
 from proper_ds.model.lora import SharedLora, SlotLora
+from proper_ds.model.places import at_places, find_top
 from proper_ds.model.routing import Rows
 
 Tensor = torch.Tensor
@@ -69,6 +70,8 @@ class PersonalModel(nn.Module):
             parent, _, leaf = name.rpartition(".")
             setattr(lm.get_submodule(parent), leaf, wrapped)
             self.adapted[name] = wrapped
+        for module in find_top(backbone(lm)):
+            at_places(module, self.rows)
 
     @property
     def device(self) -> torch.device:

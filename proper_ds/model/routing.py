@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from proper_ds.model.places import Places
+
 Tensor = torch.Tensor
 
 
@@ -25,6 +27,7 @@ class Rows:
         user_RU: each row's user vector (preset `proper`).
         table_R: each row's line in the released user tables.
         key_R: each row's dropout key, or [R, T] each token's; None switches dropout off.
+        places: where targets are predicted, to run the top of the model there only; not with dropout or `gates`.
         gates: filled by each router with (module, gates [R, T, N]) when it is a list.
     """
 
@@ -32,6 +35,7 @@ class Rows:
     user_RU: Tensor | None = None
     table_R: Tensor | None = None
     key_R: Tensor | None = None
+    places: Places | None = None
     gates: list[tuple[str, Tensor]] | None = field(default=None)
 
 

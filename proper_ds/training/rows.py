@@ -16,6 +16,7 @@ import torch
 
 from proper_ds.data.batches import length_batches
 from proper_ds.data.tokens import Example
+from proper_ds.model.places import Places
 
 Tensor = torch.Tensor
 
@@ -112,7 +113,7 @@ class Packed:
         part_RT: what each token is part of; None where every row is one item.
         position_RT: each token's place in its own item, for rotary embeddings; None as above.
         slot_R: each row's slot.
-        row_K, column_K: where each target token is predicted.
+        places: where each target token is predicted.
         target_K: the target tokens.
         num_tokens: tokens that are not padding.
     """
@@ -121,8 +122,7 @@ class Packed:
     part_RT: Tensor | None
     position_RT: Tensor | None
     slot_R: Tensor
-    row_K: Tensor
-    column_K: Tensor
+    places: Places
     target_K: Tensor
     num_tokens: int
 
@@ -169,14 +169,16 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
     ids = spread(flat)
     target_row = np.repeat(row_n, targets_n)
     target_column = np.repeat(column_n + prompt_n, targets_n) + _counts_up(targets_n)
+    targets_r = np.bincount(target_row, minlength=len(rows))
     shared = any(r.num_prefix for r in rows)
     return Packed(
         ids_RT=tensor(ids),
         part_RT=tensor(spread(np.repeat(part_n, length_n))) if shared else None,
         position_RT=tensor(spread(np.repeat(position_n, length_n) + within)) if shared else None,
         slot_R=tensor(np.asarray([r.slot for r in rows], dtype=np.int64)),
-        row_K=tensor(target_row),
-        column_K=tensor(target_column - 1),
+        places=Places(
+            tensor(target_row), tensor(target_column - 1), tensor(_counts_up(targets_r)), int(targets_r.max())
+        ),
         target_K=tensor(ids[target_row, target_column]),
         num_tokens=len(flat),
     )

@@ -183,10 +183,11 @@ class SlotPool:
         self.num_padded += packed.ids_RT.numel()
         model.set_rows(self._rows(packed, rows))
         mask_R1TT = packed.mask(model.lm.dtype)
+        at = packed.places
         losses_K = model.target_losses(
-            packed.ids_RT, packed.row_K, packed.column_K, packed.target_K, packed.position_RT, mask_R1TT
+            packed.ids_RT, at.row_K, at.column_K, packed.target_K, packed.position_RT, mask_R1TT
         )
-        slot_K = packed.slot_R[packed.row_K]
+        slot_K = packed.slot_R[at.row_K]
         weighted_K = losses_K * weight_S[slot_K].to(losses_K.dtype)
         loss_S.index_add_(0, slot_K, weighted_K.detach().double())
         weighted_K.sum().backward()
@@ -202,6 +203,8 @@ class SlotPool:
         if self.model.has_dropout:
             keys = [sitter.dropout_keys(row) for sitter, row in zip(sitters, rows, strict=True)]
             found.key_R = _keys(packed, keys).to(device)
+        else:
+            found.places = packed.places
         return found
 
 

@@ -14,6 +14,7 @@ import torch
 
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.lora import LoraLayout
+from proper_ds.model.norms import fused_norms
 from proper_ds.model.routing import Rows
 from proper_ds.training.config import UserConfig
 from proper_ds.training.slots import SlotPool, UserTask, num_user_steps
@@ -94,18 +95,9 @@ def train_users(
     queue.sort(key=lambda task: (num_user_steps(len(task.examples), settings), task.key))
     num_slots = _num_slots(settings, model.device, layout.num_parameters)
     pool = SlotPool(model, layout, settings, seed, max(1, min(num_slots, len(queue))))
-    free = list(range(pool.buffers.num_slots))[::-1]
     try:
-        while queue or pool.sitting:
-            while queue and free:
-                pool.seat(free.pop(), queue.pop())
-            _count(counters, pool, bool(queue))
-            pool.tick()
-            for number, reason in _leaving(pool, settings).items():
-                result = _result(pool, number, reason)
-                results[result.key] = result
-                free.append(number)
-            free.sort(reverse=True)  # the lowest first: the optimizer passes over blocks of slots without users
+        with fused_norms(model.lm):
+            _work_through(pool, queue, results, counters)
     finally:
         model.attach_users(None)
         model.set_rows(Rows())
@@ -113,6 +105,22 @@ def train_users(
         counters.num_tokens += pool.num_real
         counters.num_padded += pool.num_padded
     return [results[task.key] for task in tasks]
+
+
+def _work_through(
+    pool: SlotPool, queue: list[UserTask], results: dict[str, UserResult], counters: Counters | None
+) -> None:
+    free = list(range(pool.buffers.num_slots))[::-1]
+    while queue or pool.sitting:
+        while queue and free:
+            pool.seat(free.pop(), queue.pop())
+        _count(counters, pool, bool(queue))
+        pool.tick()
+        for number, reason in _leaving(pool).items():
+            result = _result(pool, number, reason)
+            results[result.key] = result
+            free.append(number)
+        free.sort(reverse=True)  # the lowest first: the optimizer passes over blocks of slots without users
 
 
 def _num_slots(settings: UserConfig, device: torch.device, num_parameters: int) -> int:
@@ -125,8 +133,9 @@ def _num_slots(settings: UserConfig, device: torch.device, num_parameters: int) 
     return max(1, min(GPU_SLOTS, int(memory_bytes * SLOT_MEMORY_SHARE) // (num_parameters * SLOT_BYTES)))
 
 
-def _leaving(pool: SlotPool, settings: UserConfig) -> dict[int, str]:
+def _leaving(pool: SlotPool) -> dict[int, str]:
     """Slots whose user is done, or cannot go on and why."""
+    settings = pool.settings
     patience, threshold = settings.early_stopping_patience, settings.early_stopping_threshold
     done = [number for number, s in pool.sitting.items() if s.step == s.num_steps]
     if done or patience is not None or len(pool.unread) >= READ_TICKS:

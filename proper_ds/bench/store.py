@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import statistics
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from proper_ds.bench.harness import Measured, in_turn, machine, tell, write_result
+from proper_ds.bench.harness import in_turn, machine, tell, write_result
 from proper_ds.bench.store_catalog import open_million
 from proper_ds.bench.store_sides import (
     USERS_PER_UNIT,
@@ -33,7 +33,7 @@ from proper_ds.model.lora import LoraLayout, ModuleShape
 
 NUM_LAYERS, RANK, LORA_ALPHA = 6, 4, 8.0
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NUM_PEFT, BATCH, NUM_READS, NUM_DISTINCT = 100, 256, 300, 1000
+NUM_PEFT, BATCH, NUM_BATCHES, NUM_READS, NUM_DISTINCT = 100, 256, 5, 300, 1000
 STORE, BY_HAND, UNSYNCED, PEFT = "store", "directories", "unsynced", "save_pretrained"
 
 
@@ -125,9 +125,13 @@ def _measure_reads(store: StoreSide, directories: DirectorySide, num_users: int,
     for _ in range(num_repeats):
         for (name, kind), found in seconds.items():
             found += read_seconds(sides[name], some_of(num_users, NUM_READS), cold=kind == "cold")
-    # the first batch of all is not measured, it warms both
-    batches = in_turn({name: partial(_read_batch, side, num_users) for name, side in sides.items()}, num_repeats + 1)
-    batch_s = {name: Measured(found.values[1:]).median for name, found in batches.items()}
+    for side in sides.values():
+        _batch_s(side, num_users)  # the first is not counted, it warms
+    batches: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(num_repeats * NUM_BATCHES):
+        for name, side in sides.items():
+            batches[name].append(_batch_s(side, num_users))
+    batch_s = {name: statistics.median(found) for name, found in batches.items()}
 
     def quantile(kind: str, share: float) -> dict[str, float]:
         return {name: sorted(seconds[name, kind])[int(share * len(seconds[name, kind]))] for name in sides}
@@ -142,8 +146,9 @@ def _measure_reads(store: StoreSide, directories: DirectorySide, num_users: int,
     }
 
 
-def _read_batch(side: StoreSide | DirectorySide, num_users: int) -> None:
-    side.read_batch(some_of(num_users, BATCH))
+def _batch_s(side: StoreSide | DirectorySide, num_users: int) -> float:
+    numbers = some_of(num_users, BATCH)
+    return seconds_of(lambda: side.read_batch(numbers))
 
 
 def _measure_upkeep(side: StoreSide, directories: DirectorySide, num_users: int, num_gone: int) -> dict[str, Any]:

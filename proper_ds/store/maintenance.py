@@ -75,7 +75,12 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds. Sizes in bytes; `num_rows` counts the stored adapters of all versions."""
+    """What a store holds. Sizes in bytes.
+
+    Attributes:
+        num_rows: stored adapters of all versions.
+        num_packs: with the `num_orphans` among them that the catalog does not name.
+    """
 
     num_users: int
     num_failed: int
@@ -91,7 +96,7 @@ class StoreStats:
     @property
     def files_per_1000_users(self) -> float:
         """Files of all kinds for every 1,000 users."""
-        return 1000 * (self.num_packs + self.num_orphans + self.num_catalog_files) / max(1, self.num_users)
+        return 1000 * (self.num_packs + self.num_catalog_files) / max(1, self.num_users)
 
     @property
     def index_bytes_per_user(self) -> float:

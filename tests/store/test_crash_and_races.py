@@ -273,3 +273,13 @@ def test_new_packs_are_closed_at_their_size(tmp_path, monkeypatch):
     assert torch.equal(AdapterStore(tmp_path).get_many([f"u{n}" for n in range(60)]), found)
     report = store.compact()
     assert report.num_files == report.num_files_before == 4, "there is nothing left to merge"
+
+
+def test_stats_count_what_is_there(tmp_path):
+    found = filled(tmp_path).stats()
+    assert (found.num_users, found.num_failed, found.num_rows) == (7, 1, 9)
+    assert (found.num_units, found.last_version) == (5, 2)
+    assert (found.num_packs, found.num_orphans, found.num_catalog_files) == (4, 1, 4)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert found.pack_bytes + found.catalog_bytes == sum(path.stat().st_size for path in files)
+    assert found.files_per_1000_users == pytest.approx(1000 * len(files) / 7)

@@ -76,6 +76,10 @@ class Catalog:
         fragments = {unit_of(name) for name in self.listing(FRAGMENTS)}  # before the snapshots, see `load`
         return fragments | self._units_in_snapshot()
 
+    def has_anything(self) -> bool:
+        """Whether anything was ever committed here."""
+        return any(self.listing(folder) for folder in (SNAPSHOTS, FRAGMENTS))
+
     def listing(self, folder: str) -> dict[str, int]:
         """Bytes by name of the committed files in one of the catalog's folders."""
         return {name: size for name, size in self.files.listing(folder).items() if _is_whole(name)}

@@ -5,12 +5,14 @@ Packs and the catalog read and write through it alone. Names are relative to the
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from proper_ds.files import sync_folder
 EXCLUSIVE_CREATE = ("memory", "s3", "s3a", "gs", "gcs")
 """Remote protocols whose `pipe_file(mode="create")` is a conditional put."""
 MAX_OPEN_FILES = 64
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +189,18 @@ class LocalFiles(Files):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                # NFS may repeat a link that was done and lost only its answer
+                if not temporary.samefile(target):
+                    return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StoreError(
+                    f"{folder}: the file system has no hard links, so two writers could both commit"
+                ) from None
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(folder)
@@ -278,12 +290,14 @@ class RemoteFiles(Files):
         return True
 
     def remove(self, names: Sequence[str]) -> None:
-        """See Files."""
-        for name in names:
-            try:
-                self._fs.rm_file(self._path(name))
-            except FileNotFoundError:
-                continue
+        """See Files; object stores delete many in one request."""
+        paths = [self._path(name) for name in names]
+        try:
+            self._fs.rm(paths)
+        except FileNotFoundError:  # some were gone: the others one by one
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
 
 
 def open_files(location: str | Path) -> Files:

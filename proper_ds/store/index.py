@@ -74,11 +74,6 @@ class Entry:
     over: int
     turn: int
 
-    @property
-    def place(self) -> Place:
-        """Where the adapter lies."""
-        return Place(self.pack, self.rank, self.row, self.checksum)
-
 
 def table_of(entries: Sequence[Entry]) -> pa.Table:
     """Entries as a table of SCHEMA."""

@@ -24,9 +24,10 @@ from proper_ds.store.catalog import (
     snapshot_name,
     unit_of,
 )
+from proper_ds.store.codec import record_bytes
 from proper_ds.store.files import Files
 from proper_ds.store.index import STORED, Index
-from proper_ds.store.packs import FOLDER, number_of_pack, read_header, read_records, unit_of_pack
+from proper_ds.store.packs import CHUNK_BYTES, FOLDER, number_of_pack, read_header, read_records, unit_of_pack
 from proper_ds.store.rewrite import packs_to_merge, rewrite
 
 
@@ -74,7 +75,12 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds. Sizes in bytes; `num_rows` counts the stored adapters of all versions."""
+    """What a store holds. Sizes in bytes.
+
+    Attributes:
+        num_rows: stored adapters of all versions.
+        num_packs: with the `num_orphans` among them that the catalog does not name.
+    """
 
     num_users: int
     num_failed: int
@@ -90,7 +96,7 @@ class StoreStats:
     @property
     def files_per_1000_users(self) -> float:
         """Files of all kinds for every 1,000 users."""
-        return 1000 * (self.num_packs + self.num_orphans + self.num_catalog_files) / max(1, self.num_users)
+        return 1000 * (self.num_packs + self.num_catalog_files) / max(1, self.num_users)
 
     @property
     def index_bytes_per_user(self) -> float:
@@ -185,21 +191,36 @@ def verify(files: Files, index: Index) -> VerifyReport:
     stored = np.flatnonzero(index.is_status(STORED))
     packs, rank, row = index.numbers("pack"), index.numbers("rank"), index.numbers("row")
     in_order = stored[np.lexsort((row[stored], rank[stored], packs[stored]))]
+    changes = (np.diff(packs[in_order]) != 0) | (np.diff(rank[in_order]) != 0)
     bad: list[str] = []
-    edges = np.flatnonzero(np.diff(packs[in_order])) + 1
-    for rows in np.split(in_order, edges) if len(in_order) else []:
-        try:
-            header = read_header(files, index.packs[packs[rows[0]]])
-        except (StoreError, FileNotFoundError) as error:
-            bad += [f"user {index.user_at(row)!r}: {error}" for row in rows]
-            continue
-        for each in rows:
-            try:
-                read_records(files, [(header, index.place_at(each))])
-            except (StoreError, FileNotFoundError) as error:
-                bad.append(f"user {index.user_at(each)!r}: {error}")
-    orphans = [name for name in files.listing(FOLDER) if name not in set(index.packs)]
+    for rows in np.split(in_order, np.flatnonzero(changes) + 1):
+        bad += _bad_rows(files, index, rows.tolist())
+    live = set(index.packs)
+    orphans = [name for name in files.listing(FOLDER) if name not in live]
     return VerifyReport(len(stored), tuple(bad), tuple(orphans))
+
+
+def _bad_rows(files: Files, index: Index, rows: list[int]) -> list[str]:
+    """What is wrong with rows of one pack and rank, a line for each."""
+    if not rows:
+        return []
+    places = [index.place_at(row) for row in rows]
+    try:
+        header = read_header(files, places[0].pack)
+    except (StoreError, FileNotFoundError) as error:
+        return [f"user {index.user_at(row)!r}: {error}" for row in rows]
+    step, bad = max(1, CHUNK_BYTES // sum(record_bytes(header.layout.with_rank(places[0].rank), header.dtype))), []
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        try:
+            read_records(files, [(header, place) for place in places[part]])
+        except (StoreError, FileNotFoundError):  # one of them at least: look at each
+            for row, place in zip(rows[part], places[part], strict=True):
+                try:
+                    read_records(files, [(header, place)])
+                except (StoreError, FileNotFoundError) as error:
+                    bad.append(f"user {index.user_at(row)!r}: {error}")
+    return bad
 
 
 def stats(files: Files, catalog: Catalog, found: Contents) -> StoreStats:

@@ -32,7 +32,7 @@ _PUT = re.compile(r"(.+)@(\d+)-[0-9a-f]{8}\.safetensors")
 _COMPACTED = re.compile(r"compacted-(\d+)-\d+-[0-9a-f]{8}\.safetensors")
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 _ALIGNMENT_BYTES = 64
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20  # larger ones are mapped anew each time, which costs more than reading them
 _ENCODED_BYTES = 4 << 20  # at a time: stays in the processor's cache
 _MAX_HEADER_BYTES = 100_000_000  # what safetensors allows
 

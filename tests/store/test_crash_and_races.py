@@ -180,6 +180,19 @@ def test_two_writers_of_one_unit_cannot_both_win(tmp_path):
         assert store.verify().orphans == (), "losers leave no pack behind"
 
 
+def test_a_link_whose_answer_was_lost_is_a_commit(tmp_path, monkeypatch):
+    """NFS repeats a request that was not answered, and then finds the name taken, by itself."""
+    real = layer.os.link
+
+    def linked_twice(source, target):
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(layer.os, "link", linked_twice)
+    assert put(AdapterStore(tmp_path), "unit-0", {"u": rows(1)[0]}) > 0
+    assert torch.equal(AdapterStore(tmp_path).get("u"), rows(1)[0])
+
+
 def test_a_late_writer_does_not_undo_a_compaction(tmp_path):
     """A worker thought dead puts its unit after another has, and after that was compacted and its fragment deleted."""
     found = rows(2)
@@ -260,3 +273,13 @@ def test_new_packs_are_closed_at_their_size(tmp_path, monkeypatch):
     assert torch.equal(AdapterStore(tmp_path).get_many([f"u{n}" for n in range(60)]), found)
     report = store.compact()
     assert report.num_files == report.num_files_before == 4, "there is nothing left to merge"
+
+
+def test_stats_count_what_is_there(tmp_path):
+    found = filled(tmp_path).stats()
+    assert (found.num_users, found.num_failed, found.num_rows) == (7, 1, 9)
+    assert (found.num_units, found.last_version) == (5, 2)
+    assert (found.num_packs, found.num_orphans, found.num_catalog_files) == (4, 1, 4)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert found.pack_bytes + found.catalog_bytes == sum(path.stat().st_size for path in files)
+    assert found.files_per_1000_users == pytest.approx(1000 * len(files) / 7)

@@ -165,3 +165,19 @@ def test_a_failed_update_keeps_the_adapter(tmp_path):
     assert store.entry("u").version == 1
     assert store.failures() == {}
     assert [entry.reason for entry in store.history("u")] == ["", "loss is nan"]
+
+
+def test_two_rollbacks_at_the_same_moment_cannot_both_win(tmp_path, monkeypatch):
+    first, second, third = (AdapterStore(tmp_path) for _ in range(3))
+    for version in (1, 2, 3):
+        put(first, "unit-0", {"u": rows(1, version)[0]}, version=version)
+    real = second.catalog.commit_rollback
+
+    def after_another(entry):
+        assert third.rollback("u", 1).version == 1
+        return real(entry)
+
+    monkeypatch.setattr(second.catalog, "commit_rollback", after_another)
+    with pytest.raises(StoreError, match="somebody else at the same moment"):
+        second.rollback("u", 2)
+    assert AdapterStore(tmp_path).entry("u").version == 1

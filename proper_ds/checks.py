@@ -27,6 +27,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_users(config),
         *_batches(config),
         *_methods(config),
+        *_update(config),
         *_deepspeed(config),
     ]
 
@@ -158,6 +159,19 @@ def _missing_layers(config: RunConfig) -> str:
     if group is None:
         return "the layers that are not listed"
     return ", ".join(str(layer) for layer in sorted(set(group) - set(user)))
+
+
+def _update(config: RunConfig) -> list[Problem]:
+    key, problems = "user.only_changed", []
+    if not config.user.only_changed:
+        return []
+    if not needs_of(config.evaluation.methods).adapter_sets:
+        mend = "Remove it, or evaluate a method with user adapters, such as OPPU."
+        problems.append(Problem(key, "has no effect: no method of evaluation.methods has user adapters", mend))
+    if config.data.prepared is not None:
+        mend = "Give `data.path`: the run prepares each night's data itself, so that users keep their places."
+        problems.append(Problem(key, "cannot work on data.prepared", mend))
+    return problems
 
 
 def _deepspeed(config: RunConfig) -> list[Problem]:

@@ -4,6 +4,8 @@
     prepared/ base/ tokens/ population/ features/ group/<preset>/ store/<set>/ router/<preset>/ predictions/
     report.json report.md report.html
     superseded/             results of other settings, moved aside, never deleted
+    roster.parquet          users by index, so that a nightly update keeps their places (pipeline/roster.py)
+    forgotten.json forgotten/ exports.jsonl     who is kept out, receipts, adapters written elsewhere (erasure/)
 
 Below every package that runs stages.
 """
@@ -26,6 +28,7 @@ from proper_ds.errors import UserError
 from proper_ds.files import write_json_atomic
 
 MARKER = "done.json"
+BEGUN = "begun.json"
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,19 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def roster(self) -> Path:
+        """Users by index; see `pipeline/roster.py`."""
+        return self.root / "roster.parquet"
+
+    @property
     def logs(self) -> Path:
         """Log files by stage and rank or actor."""
         return self.root / "logs"
+
+    def superseded(self, name: str) -> list[Path]:
+        """Results of a stage that were moved aside, oldest first."""
+        stem = name.replace("/", "-")
+        return sorted(path for path in (self.root / "superseded").glob(f"{stem}-*") if stage_of(path) == stem)
 
     def stage(self, name: str) -> StageFolder:
         """The folder of a stage: `population`, `group/proper`, `store/OPPU` and so on."""
@@ -95,42 +108,74 @@ class StageFolder:
 
     def inputs(self) -> dict[str, Any] | None:
         """What the committed result was made from, or None where there is no complete result."""
-        try:
-            found: dict[str, Any] = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return found
+        return _read(self.path / MARKER)
+
+    def begun(self) -> dict[str, Any] | None:
+        """What the last attempt was begun for, finished or not; None where there was none."""
+        return _read(self.path / BEGUN)
 
     def is_done(self, fingerprint: str) -> bool:
         """Whether a complete result of exactly these inputs is there."""
         found = self.inputs()
         return found is not None and found["fingerprint"] == fingerprint
 
-    def commit(self, fingerprint: str, settings: dict[str, Any], seconds: float) -> None:
-        """Mark the result complete, the last write of a stage; what killed writers left behind is removed before."""
+    def commit(
+        self, fingerprint: str, settings: dict[str, Any], seconds: float, made_from: dict[str, Any] | None = None
+    ) -> None:
+        """Mark the result complete, the last write of a stage; what killed writers left behind is removed before.
+
+        Args:
+            made_from: fingerprints of the stages before it and whatever else an update must recognise later.
+        """
         for left in self.path.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
-        marker = {"fingerprint": fingerprint, "settings": settings, "seconds": round(seconds, 3)}
+        marker = {
+            "fingerprint": fingerprint,
+            "settings": settings,
+            "seconds": round(seconds, 3),
+            "made_from": made_from or {},
+            "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         write_json_atomic(self.path / MARKER, marker)
 
-    def begin(self, fingerprint: str) -> bool:
+    def begin(self, fingerprint: str, about: dict[str, Any] | None = None, update: bool = False) -> bool:
         """Make the folder ready for a result of these inputs.
 
-        Whatever other inputs left there is moved to `superseded/`. Returns True when something was moved.
+        Whatever other inputs left there is moved to `superseded/`, unless it is to be brought up to date in place.
+
+        Args:
+            about: kept beside the fingerprint for `begun`.
+            update: whether what is there stays.
+
+        Returns:
+            Whether something was moved.
         """
-        begun = self.path / "begun.json"
         moved = False
         if self.path.exists():
-            try:
-                same = json.loads(begun.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
-            except FileNotFoundError:
-                same = not any(self.path.iterdir())
-            if not same:
+            begun = self.begun()
+            if begun is not None and begun["fingerprint"] == fingerprint:
+                return False
+            same = begun is None and not any(self.path.iterdir())
+            if not same and not update:
                 stamp = time.strftime("%Y%m%d-%H%M%S")
-                target = self.root / "superseded" / f"{self.name.replace('/', '-')}-{stamp}-{time.time_ns() % 10**6}"
+                stem = self.name.replace("/", "-")
+                target = self.root / "superseded" / f"{stem}-{stamp}-{time.time_ns() % 10**9:09d}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.path.rename(target)
                 moved = True
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(begun, {"fingerprint": fingerprint})
+        write_json_atomic(self.path / BEGUN, {"fingerprint": fingerprint} | (about or {}))
         return moved
+
+
+def stage_of(path: Path) -> str:
+    """The stage, slashes as hyphens, that a folder in `superseded/` was made by."""
+    return path.name.rsplit("-", 3)[0]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return found

@@ -16,6 +16,7 @@ BELOW = {
     "distributed": {"distributed", "training"},  # training: only its configuration, see below
     "training": {"training", "distributed", "store", "observe", "model", "data"},
     "evaluation": {"evaluation", "training", "store", "observe", "model", "data"},
+    "erasure": {"erasure", "evaluation", "training", "store", "model", "data"},
     "fleet": {"fleet", "distributed", "observe", "training"},
     "pipeline": None,
     "bench": None,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks, each against its rivals in the same run.")
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+NumActors = Annotated[int | None, typer.Option(min=1, help="Actors; by default as many as fit.")]
+Where = Annotated[
+    Path | None, typer.Option(help="Where to write, by default the temporary folder; on a cluster, shared.")
+]
 
 
 @app.callback()
@@ -15,17 +22,41 @@ def _group() -> None:
     """Benchmarks, each against its rivals in the same run."""
 
 
-@app.command()
-def users(
-    preset: Annotated[str, typer.Option(help="small, medium, large, or 1b (needs a GPU).")] = "small",
-    batch_size: Annotated[int, typer.Option(min=1, help="Items of one user in one of its steps.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs, in turn.")] = 3,
-    json: Annotated[Path | None, typer.Option(help="Where to write what is printed.")] = None,
+@app.command("control-plane")
+def control_plane(
+    users: Annotated[int, typer.Option(min=1000, help="Made-up users.")] = 1_000_000,
+    num_actors: NumActors = None,
+    folder: Where = None,
+    json_file: Json = None,
 ) -> None:
-    """Users per second of our engine, a PEFT loop, transformers.Trainer per user, and one shared LoRA."""
-    from proper_ds.bench.users import bench_users
+    """Plan, dispatch, commit and catalog with a kernel that does no training; stopped half-way and resumed."""
+    from proper_ds.bench.control_plane import bench
 
-    bench_users(preset, batch_size, repeats, json)
+    with tempfile.TemporaryDirectory(prefix="control-plane-", dir=folder) as empty:
+        bench(users, num_actors or "auto", Path(empty), json_file)
+
+
+@app.command()
+def scaling(
+    what: Annotated[
+        Literal["actors", "flat", "commits"],
+        typer.Option(help="More actors; ten times the users; commits against none."),
+    ] = "actors",
+    num_actors: Annotated[int | None, typer.Option(min=1, help="For `actors`: the most; by default all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs, all in turn.")] = 5,
+    json_file: Json = None,
+) -> None:
+    """What the fleet adds to training: more actors, more users, durable commits."""
+    from proper_ds.bench import scaling as work
+
+    if num_actors is not None and what != "actors":
+        raise typer.BadParameter(f"has no effect with --what {what}; leave it out", param_hint="--num-actors")
+    if what == "actors":
+        work.bench_actors(repeats, num_actors or "auto", json_file)
+    elif what == "flat":
+        work.bench_flat(repeats, json_file)
+    else:
+        work.bench_commits(repeats, json_file)
 
 
 @app.command()
@@ -40,3 +71,16 @@ def store(
     from proper_ds.bench.store import run
 
     run(users, adapter_bytes, repeats, scratch, json)
+
+
+@app.command()
+def users(
+    preset: Annotated[str, typer.Option(help="small, medium, large, or 1b (needs a GPU).")] = "small",
+    batch_size: Annotated[int, typer.Option(min=1, help="Items of one user in one of its steps.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs, in turn.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Where to write what is printed.")] = None,
+) -> None:
+    """Users per second of our engine, a PEFT loop, transformers.Trainer per user, and one shared LoRA."""
+    from proper_ds.bench.users import bench_users
+
+    bench_users(preset, batch_size, repeats, json)

@@ -1,4 +1,4 @@
-"""`proper-ds store`: what a store holds, one user's adapter out of it, and its upkeep."""
+"""`proper-ds store`: what a store holds, one user's adapter out of it, and its upkeep; `forget` is in `forget.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from proper_ds.cli.forget import forget
 from proper_ds.errors import StoreError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 MAX_TOLD = 20
 
 app = typer.Typer(no_args_is_help=True, help="The adapter store.")
+app.command()(forget)
 
 User = Annotated[str, typer.Argument(help="The user's key, as in the data.")]
 Run = Annotated[Path | None, typer.Option(help="The run's folder.")]
@@ -101,6 +103,7 @@ def get(
     It goes on top of the base with `population/adapter` merged in; in the sets `proper` and `proper-released` it was
     fitted with that run's group experts in place, which no PEFT directory can hold.
     """
+    from proper_ds.erasure.exports import record_export
     from proper_ds.model.adapter_file import peft_config, save_peft
 
     row_P, layout = _opened(run, set, None).get_exact(user)
@@ -109,6 +112,7 @@ def get(
     base = str(run / "base") if (run / "base").exists() else made_for["base_model_name_or_path"]
     modules = sorted({module.name.rsplit(".", 1)[-1] for module in layout.modules})
     save_peft(out, row_P, layout, peft_config(layout, modules, 0.0, base, made_for["revision"]))
+    record_export(run, user, set, out)
     typer.echo(f"adapter of user {user!r} ({layout.num_parameters:,} numbers): {out}")
 
 

@@ -37,7 +37,7 @@ class Converter:
         """The user, with history oldest first."""
         kept: Kept = {}
         for profile in staged.profiles:
-            self._add_profile(profile, kept)
+            self._add_profile(staged.key, profile, kept)
         items = [(item, frozenset(splits)) for item, splits in kept.values()]
         user = User(staged.key, _oldest_first([item for item, _ in items]))
         guard = LeakGuard(items)
@@ -47,7 +47,7 @@ class Converter:
                 answer = None if question.gold is None else source.task.checked_answer(question.gold)
             except BadRecord as reason:
                 self._complaints.add(
-                    Complaint("bad", question.file, question.record, question.id, f"gold answer: {reason}")
+                    Complaint("bad", question.file, question.record, question.id, f"gold answer: {reason}", staged.key)
                 )
                 continue
             leak = guard.find(source.task, source.instruction, question.input, answer)
@@ -56,13 +56,13 @@ class Converter:
                 kind = "leak"
                 if question.split == self._train_split and question.split not in splits:
                     kind, what = NOW_HISTORY, "a later split has it in the user's history, where it is taught"
-                self._complaints.add(Complaint(kind, question.file, question.record, question.id, what))
+                self._complaints.add(Complaint(kind, question.file, question.record, question.id, what, staged.key))
                 continue
             name = source.task.name
             user.queries.append(Query(question.id, question.split, name, question.input, answer, question.time))
         return user
 
-    def _add_profile(self, profile: StagedProfile, kept: Kept) -> None:
+    def _add_profile(self, user: str, profile: StagedProfile, kept: Kept) -> None:
         task = self._tasks[profile.source].task
         num_alike: Counter[tuple[str, ...]] = Counter()
         for position, raw in enumerate(profile.items, start=1):
@@ -71,7 +71,7 @@ class Converter:
             except BadRecord as reason:
                 key = optional_text(raw, "id")
                 text = f"history item {position}: {reason}"
-                self._complaints.add(Complaint("bad", profile.file, profile.record, key, text))
+                self._complaints.add(Complaint("bad", profile.file, profile.record, key, text, user))
                 continue
             # The same item may stand in several of the user's profiles. Items without an id that are alike in one
             # profile are several: the user did it again.

@@ -88,6 +88,10 @@ class Manifest:
     """By split: `num_users` and `num_queries`."""
     sources: list[dict[str, Any]]
     set_aside: dict[str, int] = field(default_factory=dict)
+    num_empty: int = 0
+    """Rows that only keep a place: users who are forgotten, or no longer in the data. Part of `num_users`."""
+    num_forgotten: int = 0
+    """Users of the sources that were left out because they are forgotten."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:

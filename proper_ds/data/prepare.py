@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from proper_ds.data.config import DataConfig
 from proper_ds.data.convert import Converter, SourceTask
+from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.instruction import SharedBeginning
 from proper_ds.data.manifest import MANIFEST, Manifest, TaskManifest
 from proper_ds.data.problems import NOW_HISTORY, Complaints
@@ -43,7 +45,27 @@ def describe_sources(sources: list[Source]) -> list[dict[str, object]]:
     ]
 
 
-def prepare(config: DataConfig, out: Path, progress: Progress = lambda what, done, total: None) -> Manifest:
+@dataclass(frozen=True)
+class Known:
+    """What a run knows before it reads its data.
+
+    Attributes:
+        users: keys that have the first places, in this order, so that indices mean the same in every update.
+        instructions: by task; they take the place of what the questions' shared beginning says.
+        forgotten: users to leave out.
+    """
+
+    users: Sequence[str] = ()
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    forgotten: Forgotten | None = None
+
+
+def prepare(
+    config: DataConfig,
+    out: Path,
+    progress: Progress = lambda what, done, total: None,
+    known: Known = Known(),
+) -> Manifest:
     """Read `config.path`, check everything, and write `out`.
 
     Raises:
@@ -56,9 +78,10 @@ def prepare(config: DataConfig, out: Path, progress: Progress = lambda what, don
         stale.unlink(missing_ok=True)
     with (
         Complaints(out / PROBLEMS_FILE) as complaints,
-        Staging(out / ".staging.sqlite", complaints, config.max_users_per_split) as staging,
+        Staging(out / ".staging.sqlite", complaints, config.max_users_per_split, known.forgotten) as staging,
     ):
-        tasks = _stage(sources, staging, complaints, progress)
+        staging.seat(known.users)
+        tasks = _stage(sources, staging, complaints, progress, known.instructions)
         if config.max_users_per_split is None:
             staging.complain_of_unused_golds()
         converter = Converter(tasks, config.train_split, complaints)
@@ -66,14 +89,14 @@ def prepare(config: DataConfig, out: Path, progress: Progress = lambda what, don
         with ShardWriter(out, config.num_users_per_shard) as writer:
             for done, staged in enumerate(staging.users(), start=1):
                 user = converter.convert(staged)
-                if user.history or user.queries:
+                if user.history or user.queries or done <= len(known.users):
                     writer.write(user)
                     counts.add(user)
                 if done % 200 == 0:
                     progress("users", done, staging.num_users)
         progress("users", staging.num_users, staging.num_users)
         _settle(complaints, config, out)
-    if not counts.num_users:
+    if counts.num_users == counts.num_empty:
         raise DataError(f"{', '.join(config.path)}: no usable user was found")
     manifest = Manifest(
         tasks={
@@ -89,6 +112,8 @@ def prepare(config: DataConfig, out: Path, progress: Progress = lambda what, don
         splits=counts.splits(),
         sources=describe_sources(sources),
         set_aside={NOW_HISTORY: 0} | dict(complaints.counts),
+        num_empty=counts.num_empty,
+        num_forgotten=staging.num_kept_out,
     )
     manifest.write(out)
     return manifest
@@ -103,7 +128,13 @@ def _settle(complaints: Complaints, config: DataConfig, out: Path) -> None:
         raise DataError(f"{error}\nAll of them are listed in {complaints.path}.") from None
 
 
-def _stage(sources: list[Source], staging: Staging, complaints: Complaints, progress: Progress) -> list[SourceTask]:
+def _stage(
+    sources: list[Source],
+    staging: Staging,
+    complaints: Complaints,
+    progress: Progress,
+    instructions: Mapping[str, str],
+) -> list[SourceTask]:
     tasks: list[SourceTask] = []
     for index, source in enumerate(sources):
         for done, gold in enumerate(source.read_golds(complaints.add), start=1):
@@ -113,7 +144,7 @@ def _stage(sources: list[Source], staging: Staging, complaints: Complaints, prog
         beginning, fields, done = SharedBeginning(), frozenset[str](), 0
         for done, question in enumerate(source.read_questions(complaints.add), start=1):
             staging.add_question(index, question, question.split in source.gold_splits)
-            if question.has_query:
+            if question.has_query and not staging.is_kept_out(question.user):
                 beginning.update(question.input)
             if not fields and question.profile:
                 fields = frozenset(question.profile[0])
@@ -125,8 +156,9 @@ def _stage(sources: list[Source], staging: Staging, complaints: Complaints, prog
             raise DataError(
                 f"{source.path}: a second data set of task {task.name!r}; give it a `name` in its info.json"
             )
-        words = task.instruction if "instruction" in source.info else beginning.instruction(task)
-        if "instruction" not in source.info and not beginning.shows(words):
+        given = instructions.get(task.name)
+        words = task.instruction if "instruction" in source.info else given or beginning.instruction(task)
+        if "instruction" not in source.info and given is None and not beginning.shows(words):
             logging.getLogger("proper_ds").warning(
                 "%s: the questions share no beginning, so histories are taught under %r; an `instruction` in info.json"
                 " says otherwise",
@@ -139,12 +171,15 @@ def _stage(sources: list[Source], staging: Staging, complaints: Complaints, prog
 
 class _Counts:
     def __init__(self) -> None:
-        self.num_users = self.num_cold = self.num_items = 0
+        self.num_users = self.num_cold = self.num_items = self.num_empty = 0
         self._users: dict[str, int] = defaultdict(int)
         self._queries: dict[str, int] = defaultdict(int)
 
     def add(self, user: User) -> None:
         self.num_users += 1
+        if not user.history and not user.queries:
+            self.num_empty += 1
+            return
         self.num_cold += user.is_cold
         self.num_items += len(user.history)
         for split in {query.split for query in user.queries}:

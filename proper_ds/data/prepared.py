@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from proper_ds.data.forgotten import Forgotten, tombstone
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.records import HistoryItem, Query, User
 from proper_ds.errors import DataError
@@ -15,9 +16,14 @@ from proper_ds.errors import DataError
 class PreparedData:
     """A folder written by `data prepare`; a user's index is the row over all shards."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises DataError when the manifest or a shard is missing or cut short."""
+    def __init__(self, folder: Path, forgotten: Forgotten | None = None) -> None:
+        """Raises DataError when the manifest or a shard is missing or cut short.
+
+        Args:
+            forgotten: users whose rows are read as empty ones: for prepared data that is not the run's own.
+        """
         self.folder = folder
+        self._forgotten = forgotten or Forgotten("", set())
         self.manifest = Manifest.read(folder)
         for shard in self.manifest.shards:
             path = folder / shard.file
@@ -37,13 +43,15 @@ class PreparedData:
                     num_rows = file.metadata.row_group(group).num_rows
                     if first < stop and first + num_rows > start:
                         rows = file.read_row_group(group).to_pylist()
-                        for row in rows[max(0, start - first) : stop - first]:
-                            yield _user_of(row)
+                        begin = max(0, start - first)
+                        for index, row in enumerate(rows[begin : stop - first], start=first + begin):
+                            yield User(tombstone(index)) if self._forgotten.has(row["user"]) else _user_of(row)
                     first += num_rows
 
     def keys(self) -> list[str]:
         """All user keys, by index."""
-        return [key for shard in self.manifest.shards for key in self._column(shard.file, "user")]
+        found = [key for shard in self.manifest.shards for key in self._column(shard.file, "user")]
+        return [tombstone(n) if self._forgotten.has(key) else key for n, key in enumerate(found)]
 
     def _column(self, file: str, name: str) -> list:
         return pq.read_table(self.folder / file, columns=[name]).column(name).to_pylist()

@@ -28,6 +28,7 @@ class Complaint:
     Attributes:
         kind: `bad` or `leak`, which may be refused, or NOW_HISTORY.
         record: position in the file, from 1; 0 where the file as a whole is meant.
+        user: whose record it is, "" where that could not be read.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Complaint:
     record: int
     id: str
     reason: str
+    user: str = ""
 
     def __str__(self) -> str:
         """One line for people."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.problems import Complaint, Complaints
 from proper_ds.data.records import RawGold, RawQuestion
 
@@ -67,8 +68,12 @@ class StagedUser:
 class Staging:
     """The join on disk; a context manager that removes its file."""
 
-    def __init__(self, path: Path, complaints: Complaints, max_users_per_split: int | None) -> None:
+    def __init__(
+        self, path: Path, complaints: Complaints, max_users_per_split: int | None, forgotten: Forgotten | None = None
+    ) -> None:
         self._path = path
+        self._forgotten = forgotten
+        self._left_out: set[str] = set()
         self._complaints = complaints
         self._limit = max_users_per_split
         self._num_seen: dict[str, int] = {}
@@ -87,6 +92,22 @@ class Staging:
         self._db.close()
         self._path.unlink(missing_ok=True)
 
+    def seat(self, keys: Iterable[str]) -> None:
+        """Give users the first places, in this order, whether the data still has them or not."""
+        self._db.executemany("INSERT INTO users (user) VALUES (?)", ((key,) for key in keys))
+
+    def is_kept_out(self, user: str) -> bool:
+        """Whether a user is forgotten, and so left out; counts them."""
+        if self._forgotten is None or not self._forgotten.has(user):
+            return False
+        self._left_out.add(user)
+        return True
+
+    @property
+    def num_kept_out(self) -> int:
+        """Distinct users that were left out as forgotten."""
+        return len(self._left_out)
+
     def add_gold(self, source: int, gold: RawGold) -> None:
         """Keep one gold answer; a repeated id is a bad record."""
         try:
@@ -102,10 +123,10 @@ class Staging:
         gold = question.gold
         if gold_expected:
             gold = self._take_gold(source, question)
-            if gold is None:
+            if gold is None and not self.is_kept_out(question.user):
                 self._complain(question, "a question without a gold answer in the outputs file")
                 return
-        if not self._wanted(question):
+        if self.is_kept_out(question.user) or not self._wanted(question):
             return
         if question.has_query:
             q = question
@@ -154,7 +175,8 @@ class Staging:
             self._complaints.add(Complaint("bad", row[0], row[1], row[2], "a gold answer without a question"))
 
     def _complain(self, record: RawQuestion | RawGold, reason: str) -> None:
-        self._complaints.add(Complaint("bad", record.file, record.record, record.id, reason))
+        user = record.user if isinstance(record, RawQuestion) else ""
+        self._complaints.add(Complaint("bad", record.file, record.record, record.id, reason, user))
 
     @property
     def num_users(self) -> int:

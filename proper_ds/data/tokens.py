@@ -5,6 +5,7 @@ Made once from the prepared shards; the stages read examples by index and users 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from proper_ds.data.prompts import Encoded, PromptEncoder, history_prompt
 from proper_ds.data.records import User
 from proper_ds.files import atomic_path, write_json_atomic
 
-HISTORY, QUERY = 0, 1
+HISTORY, QUERY, BLANK = 0, 1, -1
+"""Kinds of examples; a blank one keeps the place of a forgotten user's."""
 EXAMPLES_PER_FILE = 50_000
 ROWS_PER_BATCH = 1_000
+USERS_PER_DIGEST = 1_024
 Progress = Callable[[str, int, int | None], None]
 MARKER = "tokens.json"
 
@@ -211,6 +214,28 @@ class TokenData:
     def range_of(self, user: int) -> tuple[int, int]:
         """[start, stop) of a user's examples."""
         return int(self._first[user]), int(self._first[user + 1])
+
+    def history_digests(self, first: int, stop: int) -> list[str]:
+        """A hex digest of the tokenised history of each of the users `first` up to `stop`; "" where there is none.
+
+        It depends on nothing but the tokens, so the same history has the same digest wherever it stands.
+        """
+        found = []
+        kind, num_prompt = self.column("kind"), self.column("num_prompt")
+        for start in range(first, stop, USERS_PER_DIGEST):
+            end = min(start + USERS_PER_DIGEST, stop)
+            row = int(self._first[start])
+            ids = self._data.data.column("input_ids").slice(row, int(self._first[end]) - row).combine_chunks()
+            offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
+            shape = np.stack([np.diff(offsets), num_prompt[row : row + len(ids)]], axis=1).astype(np.int64)
+            num_history = np.concatenate([[0], np.cumsum(kind[row : row + len(ids)] == HISTORY)])
+            for user in range(start, end):
+                a, b = (int(n) - row for n in self.range_of(user))
+                b = a + int(num_history[b] - num_history[a])  # questions come after the history
+                digest = hashlib.blake2b(shape[a:b].tobytes(), digest_size=16)
+                digest.update(values[offsets[a] : offsets[b]].tobytes())
+                found.append(digest.hexdigest() if b > a else "")
+        return found
 
     def examples(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
         """The examples at `indices`, in that order."""

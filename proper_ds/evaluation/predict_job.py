@@ -27,7 +27,7 @@ from proper_ds.model.routing import Rows, mean_gates
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import PopulationSwitch, RunContext
 from proper_ds.training.features import FeatureData
-from proper_ds.training.selection import num_history
+from proper_ds.training.selection import num_history, table_line
 from proper_ds.training.unit_jobs import UserRange, user_vector
 
 if TYPE_CHECKING:
@@ -194,11 +194,13 @@ class PredictJob:
         """
         device, keys = self._context.device, self._context.keys
         users = [q.example.user for q in batch]
-        rows = Rows(table_R=torch.tensor([u + 1 if self._history[u] else 0 for u in users], device=device))
-        personal = [False] * len(batch)
-        if method.preset and self._levels[self._level_path(method)].encoder is not None:
+        rows, personal = Rows(), [False] * len(batch)
+        level = self._levels[self._level_path(method)] if method.preset else None
+        if level is not None:
+            lines = [table_line(user, self._history[user], level.sizes["num_users"]) for user in users]
+            rows.table_R = torch.tensor(lines, device=device)
+        if level is not None and level.encoder is not None:
             assert self._features is not None
-            level = self._levels[self._level_path(method)]
             vectors = {user: user_vector(level, self._features, user) for user in set(users)}
             rows.user_RU = torch.stack([vectors[user] for user in users])
         slots = self._slots.get(method.adapter_set) if method.adapter_set is not None else None

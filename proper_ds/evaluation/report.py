@@ -6,7 +6,8 @@ Called by the run's last stage; everything is read from what earlier stages comm
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
     from proper_ds.training.context import RunContext
 
 
-def write_report(context: RunContext) -> dict[str, Any]:
-    """Make all of the report's files and return what report.json holds."""
+def write_report(context: RunContext, kept: Mapping[str, str]) -> dict[str, Any]:
+    """Make all of the report's files and return what report.json holds.
+
+    Args:
+        kept: by stage, when a result was made that was kept although the data changed since.
+    """
     root = context.folder.root
     table = read_predictions(context.folder.stage("predictions").path)
     methods: list[str] = list(context.config.evaluation.methods)
     manifest = context.prepared.manifest
     write_lamp_files(table, manifest.tasks, methods, context.folder.stage("predictions").path)
-    found = build_report(context, table)
+    found = build_report(context, table) | {"kept": dict(kept)}
     events, _ = read_events(context.folder.metrics)
     stages = needs_of(methods).stages
     write_text_atomic(root / "report.html", html_of(found, [event for event in events if event["stage"] in stages]))
@@ -92,11 +97,19 @@ def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
         num_bytes = store.stats().pack_bytes
         sets[name] = {
             "num_adapters": len(users),
+            "num_by_version": dict(sorted(Counter(_version(store, user) for user in users).items())),
             "num_failed": len(store.failures()),
             "num_bytes": num_bytes,
             "bytes_per_user": num_bytes / len(users) if users else 0,
         }
-    return {"num_users": manifest.num_users, "num_cold_users": manifest.num_cold_users, "sets": sets}
+    num_users = manifest.num_users - manifest.num_empty
+    return {"num_users": num_users, "num_cold_users": manifest.num_cold_users, "sets": sets}
+
+
+def _version(store: AdapterStore, user: str) -> int:
+    entry = store.entry(user)
+    assert entry is not None, f"{user!r} is listed and has no entry"
+    return entry.version
 
 
 def _router_jumps(context: RunContext, stages: Collection[str]) -> list[dict[str, Any]]:

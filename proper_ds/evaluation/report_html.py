@@ -13,6 +13,7 @@ from proper_ds.evaluation.report_text import (
     results_header,
     results_rows,
     title_of,
+    update_lines,
 )
 
 STYLE = """
@@ -95,6 +96,7 @@ def _costs(report: dict[str, Any]) -> str:
     ]
     if rows:
         parts.append(_table(["set", "adapters", "failed", "bytes a user", "bytes"], rows))
+    parts += [f"<p>{escape(line)}</p>" for line in update_lines(report)]
     parts.append(_table(["stage", "seconds"], [[name, f"{s:.1f}"] for name, s in report["stages"].items()]))
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     parts.append(f"<p class='small'>{escape(versions)}</p>")

@@ -80,6 +80,18 @@ def _by_history(report: dict[str, Any], task: str) -> str:
     return f"By history length, {metric}:\n\n" + table(header, rows)
 
 
+def update_lines(report: dict[str, Any]) -> list[str]:
+    """What an update (user.only_changed) kept and trained; nothing for other runs."""
+    if not report["kept"]:
+        return []
+    kept = ", ".join(f"{name} (of {since})" for name, since in report["kept"].items())
+    lines = [f"Kept as they were made from earlier data: {kept}."]
+    for name, about in report["users"]["sets"].items():
+        versions = ", ".join(f"{count} of version {version}" for version, count in about["num_by_version"].items())
+        lines.append(f"Adapters of {name}: {versions}.")
+    return lines
+
+
 def _costs(report: dict[str, Any]) -> str:
     parts = ["## Adapters and time", ""]
     users = report["users"]
@@ -90,6 +102,7 @@ def _costs(report: dict[str, Any]) -> str:
     ]
     if rows:
         parts += ["", table(["set", "adapters", "failed", "bytes a user", "bytes"], rows)]
+    parts += [line for text in update_lines(report) for line in ("", text)]
     parts += ["", table(["stage", "seconds"], [[name, f"{s:.1f}"] for name, s in report["stages"].items()])]
     for jump in report["router_jumps"]:
         before, after = jump["loss_user_gates"], jump["loss_lora_gates"]

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, and whether it has room for what is asked."""
+"""Joining a Ray cluster, or starting one on this machine, and what fits on its nodes now."""
 
 from __future__ import annotations
 
@@ -14,43 +14,63 @@ import ray
 
 from proper_ds.errors import ConfigError, FleetError, Problem
 from proper_ds.fleet.config import FleetConfig
+from proper_ds.fleet.worker import KEEPALIVE
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node has."""
+
+    num_cpus: int
+    num_gpus: int
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the cluster has in all."""
+    """What the cluster has, node by node.
 
-    num_cpus: int
-    num_gpus: int
-    cpus_by_node: tuple[int, ...]
+    Attributes:
+        nodes: by id, those alive.
+        on_gpu: whether stages run on GPUs; settled when the cluster is joined.
+        is_ours: whether it was started here and ends with the run; others can grow and shrink.
+    """
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether stages run on GPUs."""
-        return self.num_gpus > 0
+    nodes: dict[str, Node]
+    on_gpu: bool
+    is_ours: bool
+
+    def now(self) -> Cluster:
+        """The cluster as it is now."""
+        return Cluster(_alive_nodes(), self.on_gpu, self.is_ours)
 
     def num_actors(self, fleet: FleetConfig) -> int:
-        """Actors that fit, or as many as configured. Raises ConfigError where those do not fit."""
-        fitting = self._fitting(fleet.num_cpus_per_actor)
-        if fleet.num_actors == "auto":
-            if fitting < 1:
-                self._refuse("fleet.num_cpus_per_actor", f"{fleet.num_cpus_per_actor}, but {self}", "Lower it.")
-            return fitting
-        if fleet.num_actors > fitting:
+        """Actors to keep running: as many as configured, or for `auto` as fit now; one that waits where none fits."""
+        return max(1, self.num_fitting(fleet.num_cpus_per_actor)) if fleet.num_actors == "auto" else fleet.num_actors
+
+    def check_actors(self, fleet: FleetConfig) -> None:
+        """Raise ConfigError where the configured actors do not fit and never will."""
+        fitting = self.num_fitting(fleet.num_cpus_per_actor)
+        if not self.is_ours:
+            return
+        if fitting < 1:
+            self._refuse("fleet.num_cpus_per_actor", f"{fleet.num_cpus_per_actor}, but {self}", "Lower it.")
+        if self.num_actors(fleet) > fitting:
             mend = f"Use at most {fitting}, `auto`, or a larger cluster."
             self._refuse("fleet.num_actors", f"{fleet.num_actors}, but {self}", mend)
-        return fleet.num_actors
 
     def check_ranks(self, num_ranks: int, num_cpus_per_rank: int) -> None:
         """Raise ConfigError where so many ranks do not fit."""
-        fitting = self._fitting(num_cpus_per_rank)
+        fitting = self.num_fitting(num_cpus_per_rank)
         if num_ranks > fitting:
             mend = f"Use at most {fitting}, or a larger cluster."
             self._refuse("distributed.num_ranks", f"{num_ranks} ranks, but {self}", mend)
 
-    def _fitting(self, num_cpus: int) -> int:
-        """Processes of so many CPUs that the nodes can hold; one is never spread over two nodes."""
-        return self.num_gpus if self.on_gpu else sum(cpus // num_cpus for cpus in self.cpus_by_node)
+    def num_fitting(self, num_cpus: int) -> int:
+        """Processes of so many CPUs, and a GPU where there are any, that the nodes hold; none spans two nodes."""
+        fitting = (node.num_cpus // num_cpus for node in self.nodes.values())
+        if not self.on_gpu:
+            return sum(fitting)
+        return sum(min(by_cpu, node.num_gpus) for by_cpu, node in zip(fitting, self.nodes.values(), strict=True))
 
     @staticmethod
     def _refuse(key: str, wrong: str, mend: str) -> None:
@@ -58,15 +78,22 @@ class Cluster:
 
     def __str__(self) -> str:
         """For messages."""
-        num_nodes = len(self.cpus_by_node)
-        nodes = f"{num_nodes} node" + ("s" if num_nodes != 1 else "")
-        return f"the cluster has {self.num_cpus} CPUs and {self.num_gpus} GPUs on {nodes}"
+        cpus, gpus = (sum(getattr(node, n) for node in self.nodes.values()) for n in ("num_cpus", "num_gpus"))
+        nodes = f"{len(self.nodes)} node" + ("s" if len(self.nodes) != 1 else "")
+        return f"the cluster has {cpus} CPUs and {gpus} GPUs on {nodes}"
+
+
+def _alive_nodes() -> dict[str, Node]:
+    found = ((node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return {node_id: Node(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for node_id, has in found}
 
 
 @contextmanager
 def ray_cluster() -> Iterator[Cluster]:
     """The cluster of $RAY_ADDRESS (set in a Ray job), or one of this machine that ends with the block."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    for name, value in KEEPALIVE.items():
+        os.environ.setdefault(name, value)
     joined = bool(os.environ.get("RAY_ADDRESS"))
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -87,8 +114,7 @@ def ray_cluster() -> Iterator[Cluster]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack and ends without a word
     try:
-        has = ray.cluster_resources()
-        cpus_by_node = tuple(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-        yield Cluster(int(has.get("CPU", 0)), int(has.get("GPU", 0)), cpus_by_node)
+        nodes = _alive_nodes()
+        yield Cluster(nodes, any(node.num_gpus for node in nodes.values()), not joined)
     finally:
         ray.shutdown()

@@ -33,7 +33,7 @@ def run_gang(entry: str, config: RunConfig, options: dict[str, Any], stage: str,
         FleetError: when ranks failed more often than `distributed.max_restarts`.
     """
     distributed = config.distributed
-    cluster.check_ranks(distributed.num_ranks, distributed.num_cpus_per_rank)
+    cluster.now().check_ranks(distributed.num_ranks, distributed.num_cpus_per_rank)
     scratch = config.output_path / ".ray"
     name = f"{stage.replace('/', '-')}-{time.time_ns()}"
     error_file = scratch / f"{name}.error.json"

@@ -36,13 +36,13 @@ def plan_units(cost_per_user: np.ndarray, num_tokens_per_unit: int, part: str = 
         cost_per_user: tokens of each user; users of cost 0 belong to a unit too, and are passed over there.
         num_tokens_per_unit: a unit is closed once it holds so many tokens.
     """
-    units, first, cost, num_users = [], 0, 0, 0
-    for user, tokens in enumerate(cost_per_user.tolist()):
-        cost += tokens
-        num_users += tokens > 0
-        if cost >= num_tokens_per_unit:
-            units.append(Unit(first, user + 1, cost, part, num_users))
-            first, cost, num_users = user + 1, 0, 0
-    if first < len(cost_per_user):
-        units.append(Unit(first, len(cost_per_user), cost, part, num_users))
-    return sorted((unit for unit in units if unit.cost), key=lambda unit: (-unit.cost, unit.first))
+    tokens_until = np.cumsum(cost_per_user, dtype=np.int64)
+    users_until = np.cumsum(cost_per_user > 0)
+    units, first, tokens, users = [], 0, 0, 0
+    while first < len(cost_per_user):
+        stop = min(int(np.searchsorted(tokens_until, tokens + num_tokens_per_unit)) + 1, len(cost_per_user))
+        cost, num_users = int(tokens_until[stop - 1]) - tokens, int(users_until[stop - 1]) - users
+        if cost:
+            units.append(Unit(first, stop, cost, part, num_users))
+        first, tokens, users = stop, tokens + cost, users + num_users
+    return sorted(units, key=lambda unit: (-unit.cost, unit.first))

@@ -12,9 +12,10 @@ from proper_ds.errors import UserError
 
 
 class Decision(Enum):
-    """Try the unit again on another worker, or end the run."""
+    """Try the unit again on another worker, give up its users and go on, or end the run."""
 
     RETRY = "retry"
+    QUARANTINE = "quarantine"
     STOP = "stop"
 
 
@@ -23,23 +24,45 @@ class Failure:
     """A unit that did not finish.
 
     Attributes:
-        error: what was raised there; None where the worker died (killed, out of memory, node lost).
+        error: what was raised there; None where the worker was lost (killed, out of memory, node lost).
         num_attempts: how often the unit has been tried, this time included.
+        num_users: users of the unit.
+        num_quarantined: users given up before.
     """
 
     unit: str
     error: BaseException | None
     num_attempts: int
+    num_users: int = 0
+    num_quarantined: int = 0
 
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """Retries what may be bad luck, `max_retries` times a unit; stops at once for what a retry cannot mend."""
+    """Retries what may be bad luck, gives up the few units that fail again and again, stops where no unit is at fault.
+
+    Attributes:
+        max_retries: how often a unit is tried again.
+        max_quarantined: users that may be given up in all; beyond it the cause is taken to lie elsewhere.
+    """
 
     max_retries: int
+    max_quarantined: int = 0
 
     def decide(self, failure: Failure) -> Decision:
         """The decision for one failure."""
-        if isinstance(failure.error, UserError) or failure.num_attempts > self.max_retries:
+        if isinstance(failure.error, UserError):
             return Decision.STOP
-        return Decision.RETRY
+        if failure.num_attempts <= self.max_retries:
+            return Decision.RETRY
+        fits = 0 < self.max_quarantined >= failure.num_quarantined + failure.num_users
+        return Decision.QUARANTINE if fits else Decision.STOP
+
+    def about_limit(self, num_quarantined: int) -> str:
+        """What a message of the stop adds."""
+        if not self.max_quarantined:
+            return ""
+        return (
+            f". With it more than {self.max_quarantined} users would have been given up (fleet.max_quarantined_share;"
+            f" {num_quarantined} are already), so the cause is hardly theirs: see the actors' logs in the run's folder"
+        )

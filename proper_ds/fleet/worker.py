@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+import ray
 import torch
 
 from proper_ds.fleet.plan import Unit
@@ -14,6 +16,11 @@ from proper_ds.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
+
+KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "5000", "RAY_grpc_client_keepalive_timeout_ms": "5000"}
+"""Ray notices a host that is cut off by these; every process of a cluster must have them (cluster/ray.env)."""
+WATCH = "watch"
+"""The concurrency group of an actor's signs of life, which it gives while a unit runs."""
 
 
 class Job(Protocol):
@@ -37,6 +44,11 @@ class UnitWorker:
         log_to_file(RunFolder(config.output_path).logs, who)
         self._entry, self._config, self._options = entry, config, options
         self._job: Job | None = None
+
+    @ray.method(concurrency_group=WATCH)
+    def whereabouts(self) -> tuple[str, bool]:
+        """A sign of life: (id of the node it runs on, whether Ray was started there with KEEPALIVE)."""
+        return ray.get_runtime_context().get_node_id(), all(name in os.environ for name in KEEPALIVE)
 
     def run(self, unit: Unit) -> dict[str, Any]:
         """The job's report. The job is built with the first unit, so that its errors arrive as a unit's."""

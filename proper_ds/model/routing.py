@@ -106,9 +106,11 @@ class ReleasedRouter(Router):
         return _softmax(token_RTN + user_RN.unsqueeze(1))
 
     def set_unknown_user(self, lines: Tensor) -> None:
-        """Make line 0 the mean of the given trained lines."""
+        """Make line 0, and every other line that was not trained, the mean of the given trained lines."""
+        untrained = torch.ones(len(self.table), dtype=torch.bool)
+        untrained[lines] = False
         with torch.no_grad():
-            self.table[0] = self.table[lines].mean(0)
+            self.table[untrained] = self.table[lines].mean(0)
 
 
 class ReplacingLoraRouter(Router):

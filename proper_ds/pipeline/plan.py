@@ -25,7 +25,8 @@ from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.base import find_targets, load_tokenizer
 from proper_ds.model.lora import LoraLayout
 from proper_ds.observe.progress import ProgressView
-from proper_ds.pipeline.stages import StageList, prepared_path
+from proper_ds.pipeline.roster import keep_roster, known_before
+from proper_ds.pipeline.stages import Stage, StageList, prepared_path
 from proper_ds.run_folder import RunFolder
 from proper_ds.training.create_base import llama_config
 
@@ -55,7 +56,8 @@ def _lines(config: RunConfig, stages: StageList, folder: RunFolder, prepared: Pa
     for split, counts in manifest.splits.items():
         lines.append(f"split {split:<7}{counts['num_users']:,} users, {counts['num_queries']:,} questions")
     cold = f"{manifest.num_cold_users:,} without history"
-    lines.append(f"users        {manifest.num_users:,} ({cold}), {manifest.num_history_items:,} history items")
+    num_users = manifest.num_users - manifest.num_empty
+    lines.append(f"users        {num_users:,} ({cold}), {manifest.num_history_items:,} history items")
     for kind, count in manifest.set_aside.items():
         if count:
             lines.append(f"set aside    {count:,} ({kind}), listed in problems.jsonl beside the prepared data")
@@ -117,13 +119,14 @@ def _prepared(config: RunConfig, stages: StageList, folder: RunFolder, view: Pro
             break
         if place.inputs() is not None:
             with tempfile.TemporaryDirectory(prefix=".check-", dir=folder.root) as copy, view.running():
-                prepare(config.data, Path(copy), view.report)
+                prepare(config.data, Path(copy), view.report, known_before(folder, stage))
                 yield Path(copy)
             return
         with folder.locked(), view.running():
-            place.begin(stage.fingerprint)
-            prepare(config.data, place.path, view.report)
-            place.commit(stage.fingerprint, stage.settings, 0.0)
+            place.begin(stage.fingerprint, stage.about)
+            prepare(config.data, place.path, view.report, known_before(folder, stage))
+            keep_roster(folder, stage)
+            place.commit(stage.fingerprint, stage.settings, 0.0, stage.made_from)
     yield prepared_path(config)
 
 
@@ -218,8 +221,10 @@ def _worker_lines(config: RunConfig) -> list[str]:
     return lines
 
 
-def _state(stage: Any, folder: RunFolder) -> str:
+def _state(stage: Stage, folder: RunFolder) -> str:
     place = folder.stage(stage.name)
     if place.is_done(stage.fingerprint):
-        return f"{stage.name} (done)"
+        return f"{stage.name} (kept from {stage.kept_since})" if stage.kept_since else f"{stage.name} (done)"
+    if stage.is_update:
+        return f"{stage.name} (changed and new users)"
     return f"{stage.name} (again: its inputs changed)" if place.inputs() is not None else stage.name

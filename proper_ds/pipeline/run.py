@@ -14,6 +14,7 @@ import torch
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import tokenize
+from proper_ds.erasure.forget import check_nothing_pending
 from proper_ds.errors import UserError
 from proper_ds.files import write_json_atomic
 from proper_ds.fleet.cluster import Cluster, ray_cluster
@@ -26,15 +27,17 @@ from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
 from proper_ds.pipeline.plan import check_inputs
+from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.record import record_run
+from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stages import STEPS, Stage, StageList
 from proper_ds.run_folder import RunFolder
-from proper_ds.store.catalog import Catalog
+from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext, base_dtype
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
 from proper_ds.training.selection import users_with_queries
-from proper_ds.training.unit_jobs import users_to_train
+from proper_ds.training.set_plan import ensure_plan, users_to_train
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -64,7 +67,9 @@ class Run:
         with ExitStack() as stack:
             self._stack = stack
             stack.enter_context(self.folder.locked())
+            check_nothing_pending(self.folder.root)
             record_run(self.config, self.folder)
+            self._say_what_is_kept()
             for step in STEPS:
                 wanted = self.stages.of(step)
                 missing = [stage for stage in wanted if not self._is_done(stage)]
@@ -82,6 +87,11 @@ class Run:
 
     def _is_done(self, stage: Stage) -> bool:
         return self.folder.stage(stage.name).is_done(stage.fingerprint)
+
+    def _say_what_is_kept(self) -> None:
+        for stage in self.stages:
+            if stage.kept_since:
+                get_logger().info("%s: kept as it was made on %s, from earlier data", stage.name, stage.kept_since)
 
     def cluster(self) -> Cluster:
         """The Ray cluster; joined or started when the first stage needs it."""
@@ -110,7 +120,7 @@ class Run:
             check_inputs(self.config, self.context.prepared.manifest, self._evaluates)
             self._is_checked = True
         for stage in missing:
-            if self.folder.stage(stage.name).begin(stage.fingerprint):
+            if self._begin(stage):
                 get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
         names = ", ".join(stage.name for stage in missing)
         what = step if names == step else f"{step} ({names})"
@@ -133,22 +143,35 @@ class Run:
         seconds = time.perf_counter() - start_s
         if missing[0].where != "ranks":  # ranks commit each of their stages themselves
             for stage in missing:
-                self.folder.stage(stage.name).commit(stage.fingerprint, stage.settings, seconds / len(missing))
+                place = self.folder.stage(stage.name)
+                place.commit(stage.fingerprint, stage.settings, seconds / len(missing), stage.made_from)
         self.metrics.log(step, event="done", seconds=seconds)
         get_logger().info("%s: done in %.1f s", what, seconds)
 
+    def _begin(self, stage: Stage) -> bool:
+        """Make a stage's folder ready; True where a result of other inputs was moved aside."""
+        place, about = self.folder.stage(stage.name), stage.about
+        if stage.step == "user":
+            newest = AdapterStore(place.path).last_version() if stage.is_update else 0
+            about = about | {"version": newest + 1}
+        return place.begin(stage.fingerprint, about, stage.is_update)
+
     def _prepare(self, stages: list[Stage]) -> None:
-        manifest = prepare(self.config.data, self.folder.stage("prepared").path, self.view.report)
+        known = known_before(self.folder, stages[0])
+        manifest = prepare(self.config.data, self.folder.stage("prepared").path, self.view.report, known)
+        keep_roster(self.folder, stages[0])
         about = ", ".join(f"{name} {n['num_users']}/{n['num_queries']}" for name, n in manifest.splits.items())
         get_logger().info(
             "%d users, %d history items; users/questions by split: %s",
-            manifest.num_users,
+            manifest.num_users - manifest.num_empty,
             manifest.num_history_items,
             about,
         )
         for kind, count in manifest.set_aside.items():
             if count:
                 get_logger().warning("%d set aside as %s; see problems.jsonl", count, kind)
+        if manifest.num_forgotten:
+            get_logger().warning("%d forgotten users stand in the data still; left out", manifest.num_forgotten)
 
     def _base(self, stages: list[Stage]) -> None:
         assert self.config.base.create is not None
@@ -187,7 +210,7 @@ class Run:
             )
 
     def _ranks(self, stages: list[Stage]) -> None:
-        options = {"stages": [[stage.name, stage.fingerprint, stage.settings] for stage in stages]}
+        options = {"stages": [[s.name, s.fingerprint, s.settings, s.made_from] for s in stages]}
         with follow_metrics(self.folder.metrics, self.view):
             run_gang("proper_ds.training.rank_jobs:run_stages", self.config, options, stages[0].step, self.cluster())
 
@@ -198,16 +221,22 @@ class Run:
         self._fleet("proper_ds.training.unit_jobs:FeaturesJob", {}, "features", units, pending)
 
     def _users(self, stages: list[Stage]) -> None:
-        mask = users_to_train(self.context)
-        if not mask.any():
+        if not users_to_train(self.context).any():
             raise UserError(
                 "step user: no user has history to learn from; check the data, or drop the personal methods"
             )
-        sets = [stage.name.removeprefix("store/") for stage in stages]
-        units = [unit for name in sets for unit in self._units(mask, part=name)]
-        done = {name: Catalog(self.folder.stage(f"store/{name}").path / "catalog").units() for name in sets}
+        places = {stage.name.removeprefix("store/"): self.folder.stage(stage.name) for stage in stages}
+        plans = {name: ensure_plan(self.context, place) for name, place in places.items()}
+        units = [unit for name, plan in plans.items() for unit in self._units(plan.chosen, part=name)]
+        done = {name: AdapterStore(places[name].path).units(plan.version) for name, plan in plans.items()}
         pending = [unit for unit in units if unit.name not in done[unit.part]]
-        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending)
+        if not units:
+            get_logger().info("user: no history changed, so no adapter is trained")
+
+        def quarantine(unit: Unit, reason: str) -> None:
+            give_up_unit(self.context, unit, plans[unit.part], reason)
+
+        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending, quarantine)
 
     def _evaluate(self, stages: list[Stage]) -> None:
         mask = users_with_queries(self.context.tokens, self.config.evaluation.split)
@@ -226,7 +255,7 @@ class Run:
     def _report(self, stages: list[Stage]) -> None:
         from proper_ds.evaluation.report import write_report
 
-        write_report(self.context)
+        write_report(self.context, {stage.name: stage.kept_since for stage in self.stages if stage.kept_since})
 
     def _units(self, mask: np.ndarray, part: str = "", empty_too: bool = False) -> list[Unit]:
         """Units of the masked users by their tokens; at least one token a user where those without count too."""
@@ -236,7 +265,16 @@ class Run:
             cost = np.maximum(cost, 1)
         return plan_units((cost * mask).astype(np.int64), self.config.fleet.num_tokens_per_unit, part)
 
-    def _fleet(self, entry: str, options: dict[str, Any], step: str, units: list[Unit], pending: list[Unit]) -> None:
+    def _fleet(
+        self,
+        entry: str,
+        options: dict[str, Any],
+        step: str,
+        units: list[Unit],
+        pending: list[Unit],
+        quarantine: Callable[[Unit, str], None] | None = None,
+    ) -> None:
+        """Have the pending units worked through. `quarantine` commits one that is given up; without it none is."""
         total = sum(unit.num_users for unit in units)
         done = total - sum(unit.num_users for unit in pending)
         if len(pending) < len(units):
@@ -249,9 +287,16 @@ class Run:
             note = f"loss {report['last_loss']:.4f}" if report.get("last_loss") is not None else ""
             self.view.report(step, done, total, note)
 
+        def on_quarantined(unit: Unit, reason: str) -> None:
+            assert quarantine is not None
+            quarantine(unit, reason)
+            on_done(unit, {"quarantined": reason})
+
         if pending:
+            fleet = self.config.fleet
+            policy = FailurePolicy(fleet.max_retries, int(fleet.max_quarantined_share * total) if quarantine else 0)
             with ray_pool(entry, self.config, options, step, self.cluster()) as pool:
-                Controller(pending, pool, FailurePolicy(self.config.fleet.max_retries), on_done).run()
+                Controller(pending, pool, policy, on_done, on_quarantined if quarantine else None).run()
         assert done == total, f"{step}: {done} of {total} users are committed"
 
 

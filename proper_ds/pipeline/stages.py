@@ -1,10 +1,12 @@
 """The stages of a run as data: what each is made from, as a fingerprint, and which stages stand before it.
 
-A stage whose folder holds a result with the same fingerprint is skipped; see `run.py`.
+A stage whose folder holds a result with the same fingerprint is skipped; see `run.py`. With `user.only_changed`,
+complete shared stages keep the fingerprint they have, and stores are brought up to date; see `kept.py`.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +18,8 @@ from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import PRESETS
+from proper_ds.pipeline.kept import KEPT_STEPS, Kept
+from proper_ds.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +50,9 @@ class Stage:
         where: who runs it.
         settings: everything it depends on besides the stages before it.
         fingerprint: of the settings and of the stages before it.
+        made_from: fingerprints of the stages before it, and what an update must recognise later.
+        kept_since: when a result was made that is kept although the data changed; "" for all others.
+        is_update: whether adapters that are there stay, and only those of changed users are trained.
     """
 
     name: str
@@ -53,10 +60,18 @@ class Stage:
     where: Where
     settings: dict[str, Any]
     fingerprint: str
+    made_from: dict[str, Any]
+    kept_since: str = ""
+    is_update: bool = False
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is written down when the stage begins."""
+        return {"settings": self.settings, "made_from": self.made_from}
 
 
 def _dump(section: Any) -> dict[str, Any]:
-    found: dict[str, Any] = section.model_dump(mode="json")
+    found: dict[str, Any] = json.loads(section.model_dump_json())  # keys of text, as they are when read back
     return found
 
 
@@ -64,17 +79,26 @@ class StageList:
     """The stages that a configuration's methods need, in order; built once a run."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Reads the input files' digests. Raises UserError where data or base cannot be found."""
+        """Reads the input files' digests.
+
+        Raises:
+            UserError: where data or base cannot be found, or settings changed that `user.only_changed` holds fixed.
+        """
         self._config = config
+        self._kept = Kept(config)
         self._prints: dict[str, str] = {}
+        self._order = ""  # which user has which index; the same for all stages
         self.stages: list[Stage] = []
         needs = needs_of(config.evaluation.methods)
         self._inputs()
         if needs.population:
-            self._add("population", "population", "ranks", self._rank_settings("population"), ["tokens"])
+            self._add(
+                "population", "population", "ranks", self._rank_settings("population"), ["tokens"], self._origin()
+            )
         if any(PRESETS[preset].user_vector == "encoder" for preset in needs.presets):
             dtype = {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
-            self._add("features", "features", "fleet", dtype, ["population"])
+            data = ["tokens"] if self._kept.data_changed else []
+            self._add("features", "features", "fleet", dtype, ["population", *data])
         for preset in needs.presets:
             self._add_group(preset)
         for adapter_set in needs.adapter_sets:
@@ -83,6 +107,7 @@ class StageList:
             before = [f"group/{preset}", f"store/{preset}"]
             self._add(f"router/{preset}", "router", "ranks", self._rank_settings("router"), before)
         self._add_evaluation()
+        self._kept.settle()
 
     def __iter__(self) -> Any:
         return iter(self.stages)
@@ -91,18 +116,30 @@ class StageList:
         """The stages that belong to the given steps, in order."""
         return [stage for stage in self.stages if stage.step in steps]
 
-    def _add(self, name: str, step: str, where: Where, settings: dict[str, Any], before: list[str]) -> None:
-        fingerprint = digest_of(name, settings, [self._prints[other] for other in before])
+    def _add(
+        self,
+        name: str,
+        step: str,
+        where: Where,
+        settings: dict[str, Any],
+        before: list[str],
+        also: dict[str, Any] | None = None,
+    ) -> None:
+        """`also` is written down with the result, and is no part of the fingerprint."""
+        made_from = {other: self._prints[other] for other in before} | {"order": self._order} | (also or {})
+        fingerprint, since = digest_of(name, settings, [self._prints[other] for other in before]), ""
+        marker = self._kept.marker(name, settings, made_from) if step in KEPT_STEPS else None
+        if marker is not None:
+            fingerprint, since = marker["fingerprint"], marker["finished"] if self._kept.data_changed else ""
         self._prints[name] = fingerprint
-        self.stages.append(Stage(name, step, where, settings, fingerprint))
+        self.stages.append(Stage(name, step, where, settings, fingerprint, made_from, since))
 
     def _inputs(self) -> None:
         config, data = self._config, self._config.data
         if data.prepared is not None:
-            self._prints["prepared"] = digest_of(_manifest_digest(config))
+            self._prints["prepared"] = self._order = digest_of(_manifest_digest(config))
         else:
-            settings = _dump(data) | {"sources": describe_sources(find_sources(data))}
-            self._add("prepared", "prepare", "driver", settings, [])
+            self._add_prepared(_dump(data) | {"sources": describe_sources(find_sources(data))})
         if config.base.create is not None:
             self._add(
                 "base",
@@ -114,6 +151,7 @@ class StageList:
         else:
             assert config.base.model is not None
             self._prints["base"] = base_fingerprint(config.base.model, config.base.revision)
+        self._kept.check_base(self._prints["base"])
         settings = {
             "max_length": config.base.max_length,
             "prompt_suffix": config.base.prompt_suffix,
@@ -121,6 +159,23 @@ class StageList:
             "max_new_tokens": config.evaluation.max_new_tokens,
         }
         self._add("tokens", "tokens", "driver", settings, ["prepared", "base"])
+        if self._kept:
+            self._kept.compare("tokens", self._kept.made_from["text"], _text(settings))
+            self._kept.data_changed |= self._prints["tokens"] != self._kept.made_from["tokens"]
+
+    def _add_prepared(self, settings: dict[str, Any]) -> None:
+        """The prepared data. In an update its users keep the places that the kept stages know: its `order`."""
+        fingerprint = digest_of("prepared", settings, [])
+        order = self._kept.made_from["order"] if self._kept else fingerprint
+        if not (order == fingerprint and (not self._kept or self._is_there("prepared", fingerprint))):
+            fingerprint = digest_of("prepared", settings, [order])
+        self._order = order
+        self._kept.data_changed = bool(self._kept) and self._kept.made_from["prepared"] != fingerprint
+        self._prints["prepared"] = fingerprint
+        self.stages.append(Stage("prepared", "prepare", "driver", settings, fingerprint, {"order": order}))
+
+    def _is_there(self, name: str, fingerprint: str) -> bool:
+        return RunFolder(self._config.output_path).stage(name).is_done(fingerprint)
 
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
@@ -135,6 +190,15 @@ class StageList:
             "train_split": config.data.train_split,
         }
 
+    def _origin(self) -> dict[str, Any]:
+        """What the population stage writes down, so that later nights know what they keep."""
+        tokens = next(stage for stage in self.stages if stage.name == "tokens")
+        return {
+            "prepared": self._prints["prepared"],
+            "base": self._prints["base"],
+            "text": _text(tokens.settings),
+        }
+
     def _add_group(self, preset: str) -> None:
         settings = self._rank_settings("group")
         before = ["population"]
@@ -146,7 +210,9 @@ class StageList:
 
     def _add_store(self, adapter_set: str) -> None:
         config = self._config
-        settings = _dump(config.user) | {
+        settings = _dump(config.user)
+        settings.pop("only_changed")
+        settings |= {
             "seed": config.seed,
             "dtype": config.base.dtype,
             "stored_as": config.store.dtype,
@@ -159,7 +225,19 @@ class StageList:
                 "splits": [config.data.train_split, config.evaluation.split],
             }
         before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
-        self._add(f"store/{adapter_set}", "user", "fleet", settings, before)
+        name = f"store/{adapter_set}"
+        made_from = {other: self._prints[other] for other in [*before, "tokens"]} | {"order": self._order}
+        begun = self._kept.begun(name, settings, made_from)
+        if begun is None:
+            data = ["tokens"] if self._kept.data_changed else []
+            fingerprint = digest_of(name, settings, [self._prints[other] for other in [*before, *data]])
+        elif begun["made_from"]["tokens"] == self._prints["tokens"] and begun["settings"] == settings:
+            fingerprint = begun["fingerprint"]
+        else:
+            fingerprint = digest_of(name, settings, list(made_from.values()), begun["fingerprint"])
+        self._prints[name] = fingerprint
+        is_update = begun is not None
+        self.stages.append(Stage(name, "user", "fleet", settings, fingerprint, made_from, is_update=is_update))
 
     def _add_evaluation(self) -> None:
         config, evaluation = self._config, self._config.evaluation
@@ -177,6 +255,11 @@ class StageList:
         self._add("predictions", "evaluate", "fleet", settings, before)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}
         self._add("report", "report", "driver", bootstrap, ["predictions"])
+
+
+def _text(settings: dict[str, Any]) -> dict[str, Any]:
+    """The part of the tokens' settings that histories depend on."""
+    return {name: value for name, value in settings.items() if name != "max_new_tokens"}
 
 
 def _manifest_digest(config: RunConfig) -> Any:

@@ -84,6 +84,8 @@ class UserConfig(OptimSettings):
     """Rounded up to whole steps, of which a user with little history has few; the first warm-up step learns nothing."""
     users: Literal["all", "needed"] = "all"
     """`needed`: only users that are evaluated, and those the router learns from."""
+    only_changed: bool = False
+    """Keep the shared stages although the data changed; train only users whose history changed, and new ones."""
     per_device_train_batch_size: int = Field(default=4, ge=1)
     """Items of one user in one of that user's optimizer steps: what it would be if the user trained alone."""
     min_steps: int = Field(default=0, ge=0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.tokens import TokenData
 from proper_ds.model.adapter_file import load_peft
@@ -61,7 +62,9 @@ class RunContext:
     @cached_property
     def prepared(self) -> PreparedData:
         """The prepared users."""
-        return PreparedData(self.prepared_path)
+        # the run's own data holds no forgotten users; of given data the run may only leave them out
+        forgotten = Forgotten.read(self.folder.root) if self.config.data.prepared else None
+        return PreparedData(self.prepared_path, forgotten)
 
     @cached_property
     def keys(self) -> list[str]:

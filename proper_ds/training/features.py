@@ -1,7 +1,7 @@
 """User features: what the population model got wrong about each history item; made by the fleet, read by later stages.
 
 One safetensors file a work unit, holding the items' features and each user's sum.
-Shapes: I history items, F feature size, U users of a unit.
+Shapes: I history items, F feature size, U users of a unit, B bytes of a digest.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from proper_ds.data.tokens import Example
 from proper_ds.files import atomic_path
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.user_vectors import PRIOR_ITEMS, item_features
+from proper_ds.run_folder import RunFolder, StageFolder
 
 Tensor = torch.Tensor
 
 _PREFIX = "unit-"
+_NO_DIGEST = "0" * 32
 
 
 def compute_features(model: PersonalModel, examples: Sequence[Example], num_tokens: int) -> Tensor:
@@ -41,10 +43,23 @@ def compute_features(model: PersonalModel, examples: Sequence[Example], num_toke
     return torch.stack([row for row in found if row is not None])
 
 
-def write_features(folder: Path, first_user: int, counts: Sequence[int], items_IF: Tensor) -> None:
-    """Commit the features of consecutive users; `counts` are their numbers of history items."""
+def write_features(
+    folder: Path, first_user: int, counts: Sequence[int], items_IF: Tensor, digests: Sequence[str]
+) -> None:
+    """Commit the features of consecutive users.
+
+    Args:
+        counts: the users' numbers of history items.
+        digests: hex digests of the users' histories, "" where there is none.
+    """
     sums_UF = torch.stack([part.sum(0) for part in items_IF.split(list(counts))])
-    tensors = {"items": items_IF.contiguous(), "sums": sums_UF, "counts": torch.tensor(counts)}
+    digests_UB = np.frombuffer(bytes.fromhex("".join(digest or _NO_DIGEST for digest in digests)), dtype=np.uint8)
+    tensors = {
+        "items": items_IF.contiguous(),
+        "sums": sums_UF,
+        "counts": torch.tensor(counts),
+        "digests": torch.from_numpy(digests_UB.reshape(len(digests), -1).copy()),
+    }
     with atomic_path(folder / f"{_PREFIX}{first_user:010d}.safetensors") as path:
         save_file(tensors, path)
 
@@ -52,6 +67,17 @@ def write_features(folder: Path, first_user: int, counts: Sequence[int], items_I
 def is_written(folder: Path, first_user: int) -> bool:
     """Whether the unit that begins with this user is committed."""
     return (folder / f"{_PREFIX}{first_user:010d}.safetensors").exists()
+
+
+def previous_features(run: RunFolder) -> FeatureData | None:
+    """The newest features moved aside that were made on the population model of the running features stage."""
+    begun = run.stage("features").begun()
+    assert begun is not None, "the features stage was not begun"
+    for path in sorted(run.superseded("features"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        found = StageFolder(path.parent, path.name).inputs()
+        if found is not None and found["made_from"].get("population") == begun["made_from"]["population"]:
+            return FeatureData(path)
+    return None
 
 
 class FeatureData:
@@ -85,6 +111,19 @@ class FeatureData:
         """(sum of the user's item features [F], number of items)."""
         unit, row = self._locate(user)
         return self._unit(unit)["sums"][row], int(self._counts[unit][row])
+
+    def has(self, user: int) -> bool:
+        """Whether there is such a user, with history or without."""
+        unit, row = self._locate(user)
+        return unit >= 0 and row < len(self._counts[unit])
+
+    def items_of_history(self, user: int, digest: str) -> Tensor | None:
+        """Features [I, F] of a user whose history had this digest when they were made, else None."""
+        if not self.has(user):
+            return None
+        unit, row = self._locate(user)
+        made_from = bytes(self._unit(unit)["digests"][row].numpy()).hex()
+        return self.items(user) if digest and made_from == digest else None
 
     def items(self, user: int) -> Tensor:
         """Features [I, F] of all history items of a user."""

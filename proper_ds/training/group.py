@@ -23,7 +23,7 @@ from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
 from proper_ds.training.rank_batch import RankBatch, dropout_keys, example_seed, numbers_of, rank_batch
 from proper_ds.training.rank_stage import RankStage
-from proper_ds.training.selection import num_history, training_examples, training_users
+from proper_ds.training.selection import num_history, table_line, training_examples, training_users
 
 Tensor = torch.Tensor
 
@@ -82,7 +82,7 @@ class GroupInputs:
         """`forget` and `history_dropout` are augmentations of the group stage; see GroupConfig."""
         self._device = context.device
         self._forget, self._history_dropout, self._seed = forget, history_dropout, seed
-        self._history = num_history(context.tokens)
+        self._history, self._num_lines = num_history(context.tokens), level.sizes["num_users"]
         folder = context.folder.stage("features").path
         self.features = FeatureData(folder) if level.encoder is not None else None
 
@@ -91,7 +91,7 @@ class GroupInputs:
 
         A row that trains on an item of its user's history gets a user vector made without that item.
         """
-        lines = [example.user + 1 if self._history[example.user] else 0 for example in made.examples]
+        lines = [table_line(e.user, self._history[e.user], self._num_lines) for e in made.examples]
         made.rows.table_R = torch.tensor(lines, device=self._device)
         if self.features is None:
             return

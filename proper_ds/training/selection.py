@@ -67,6 +67,14 @@ def router_users(tokens: TokenData, users: str, max_users: int | None, train_spl
     return mask
 
 
+def table_line(user: int, num_items: int, num_users: int) -> int:
+    """A user's line in released user tables made for `num_users` users.
+
+    It is line 0, the unknown user's, for those without history and for those that came after the tables were trained.
+    """
+    return user + 1 if num_items and user < num_users else 0
+
+
 def num_history(tokens: TokenData) -> np.ndarray:
     """History items of each user."""
     users = tokens.column("user")[tokens.column("kind") == HISTORY]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from proper_ds.data.tokens import HISTORY, Example
+from proper_ds.errors import StoreError
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.groups import GroupLevel
@@ -20,8 +20,9 @@ from proper_ds.model.user_vectors import pooled
 from proper_ds.observe.log import get_logger
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
-from proper_ds.training.features import FeatureData, compute_features, write_features
-from proper_ds.training.selection import num_history, router_users, users_with_queries
+from proper_ds.training.features import FeatureData, compute_features, previous_features, write_features
+from proper_ds.training.selection import num_history, table_line
+from proper_ds.training.set_plan import SetPlan
 from proper_ds.training.slots import UserTask
 from proper_ds.training.users import train_users
 
@@ -58,17 +59,6 @@ def history_of(context: RunContext, user: int, newest: int | None = None) -> lis
     return examples[-newest:] if newest is not None else examples
 
 
-def users_to_train(context: RunContext) -> np.ndarray:
-    """Mask over the users that get an adapter (`user.users`): all with history, or only those that are needed."""
-    config, tokens = context.config, context.tokens
-    mask = num_history(tokens) > 0
-    if config.user.users == "needed":
-        router = config.router
-        chosen = router_users(tokens, router.users, router.max_users, config.data.train_split, config.seed)
-        mask = mask & (users_with_queries(tokens, config.evaluation.split) | chosen)
-    return mask
-
-
 def user_vector(level: GroupLevel, features: FeatureData, user: int) -> Tensor:
     """The user vector [U] from all of a user's history; the generic one where there is none."""
     assert level.encoder is not None
@@ -81,7 +71,10 @@ def user_vector(level: GroupLevel, features: FeatureData, user: int) -> Tensor:
 
 
 class FeaturesJob:
-    """Features of the history items of each unit's users, on the population model."""
+    """Features of the history items of each unit's users, on the population model.
+
+    In an update, those of users whose history did not change are taken from the night before.
+    """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._context = RunContext(config, device)
@@ -89,18 +82,28 @@ class FeaturesJob:
         self._model = PersonalModel(lm, {})
         self._folder = self._context.folder.stage("features").path
         self._width = 2 * lm.config.hidden_size
+        self._before = previous_features(self._context.folder)
 
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""
-        counts, examples = [], []
-        for user in range(unit.first, unit.stop):
-            found = history_of(self._context, user)
-            counts.append(len(found))
-            examples += found
+        digests = self._context.tokens.history_digests(unit.first, unit.stop)
+        histories = [history_of(self._context, user) for user in range(unit.first, unit.stop)]
+        parts: dict[int, Tensor] = {}
+        if self._before is not None:
+            for n, digest in enumerate(digests):
+                found_IF = self._before.items_of_history(unit.first + n, digest)
+                if found_IF is not None:
+                    parts[n] = found_IF
+        num_taken = len(parts)
+        missing = [n for n in range(len(histories)) if n not in parts]
+        examples = [example for n in missing for example in histories[n]]
         budget = self._context.config.evaluation.num_tokens_per_batch
-        items_IF = compute_features(self._model, examples, budget) if examples else torch.zeros(0, self._width)
-        write_features(self._folder, unit.first, counts, items_IF)
-        return {"num_users": len(counts), "num_tokens": sum(len(e.ids) for e in examples)}
+        made_IF = compute_features(self._model, examples, budget) if examples else torch.zeros(0, self._width)
+        parts |= dict(zip(missing, made_IF.split([len(histories[n]) for n in missing]), strict=True))
+        counts = [len(history) for history in histories]
+        items_IF = torch.cat([parts[n] for n in range(len(counts))])
+        write_features(self._folder, unit.first, counts, items_IF, digests)
+        return {"num_users": len(counts), "num_taken": num_taken, "num_tokens": sum(len(e.ids) for e in examples)}
 
 
 class UsersJob:
@@ -118,7 +121,12 @@ class UsersJob:
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._levels: dict[str, GroupLevel] = {}
         self._features: FeatureData | None = None
-        self._mask = users_to_train(self._context)
+        self._plans: dict[str, SetPlan] = {}
+
+    def _plan_of(self, adapter_set: str) -> SetPlan:
+        if adapter_set not in self._plans:
+            self._plans[adapter_set] = SetPlan.read(self._context.folder.stage(f"store/{adapter_set}"))
+        return self._plans[adapter_set]
 
     def _level_of(self, adapter_set: str) -> GroupLevel | None:
         if adapter_set == "OPPU":
@@ -130,34 +138,72 @@ class UsersJob:
                 self._features = FeatureData(self._context.folder.stage("features").path)
         return self._levels[adapter_set]
 
-    def _task(self, user: int, level: GroupLevel | None) -> UserTask:
-        context = self._context
+    def _task(self, user: int, level: GroupLevel | None, start_P: Tensor | None) -> UserTask:
+        context, line = self._context, 0
         vector_U = None
         if level is not None and level.encoder is not None:
             assert self._features is not None
             vector_U = user_vector(level, self._features, user)
         examples = history_of(context, user, context.config.user.max_history_items)
-        return UserTask(context.keys[user], examples, vector_U, user + 1)
+        if level is not None:
+            line = table_line(user, len(examples), level.sizes["num_users"])
+        return UserTask(context.keys[user], examples, vector_U, line, start_P)
+
+    def _starts(self, store: AdapterStore, adapter_set: str, keys: list[str]) -> dict[str, Tensor]:
+        """Rows [P] to start from, by user: current adapters, where this is an update."""
+        plan = self._plan_of(adapter_set)
+        held = [key for key in keys if store.has(key)] if plan.version > 1 else []
+        if not held:
+            return {}
+        if store.layout != self._layout:
+            raise StoreError(
+                f"store/{adapter_set} holds adapters of another layout than user.lora asks for, which user.only_changed"
+                " cannot start from; put user.lora back, or train all anew without user.only_changed"
+            )
+        return dict(zip(held, store.get_many(held), strict=True))
+
+    def _digests(self, users: list[int]) -> list[str]:
+        tokens = self._context.tokens
+        found = tokens.history_digests(users[0], users[-1] + 1) if users else []
+        return [found[user - users[0]] for user in users]
 
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""
-        config = self._context.config
+        config, plan = self._context.config, self._plan_of(unit.part)
         start_s = time.perf_counter()
+        store = AdapterStore(self._context.folder.stage(f"store/{unit.part}").path)
+        if unit.name in store.units(plan.version):
+            # a retry after a commit must not start from what that commit stored
+            return {"num_users": 0, "num_failed": 0, "num_bytes": 0, "seconds": 0.0}
         level = self._level_of(unit.part)
         by_module = level.by_module() if level is not None else None
         self._model.attach_groups(by_module, config.group.lora.lora_dropout)
-        tasks = [self._task(user, level) for user in range(unit.first, unit.stop) if self._mask[user]]
+        # somebody chosen may have been forgotten since
+        has_history = num_history(self._context.tokens) > 0
+        users = [user for user in range(unit.first, unit.stop) if plan.chosen[user] and has_history[user]]
+        starts = self._starts(store, unit.part, [self._context.keys[user] for user in users])
+        tasks = [self._task(user, level, starts.get(self._context.keys[user])) for user in users]
         results = train_users(self._model, self._layout, tasks, config.user, config.seed)
         trained = {r.key: r.row_P for r in results if r.row_P is not None}
         failed = {r.key: r.reason for r in results if r.row_P is None}
         for key, reason in failed.items():
-            get_logger().warning("user %r of %s has no adapter: %s", key, unit.name, reason)
-        losses = {r.key: (r.num_items, r.losses) for r in results}
-        store = AdapterStore(self._context.folder.stage(f"store/{unit.part}").path)
-        num_bytes = store.put_unit(unit.name, trained, failed, losses, self._layout, config.store.dtype)
+            kept = "keeps the adapter it had" if key in starts else "has no adapter"
+            get_logger().warning("user %r of %s %s: %s", key, unit.name, kept, reason)
+        digests = dict(zip((task.key for task in tasks), self._digests(users), strict=True))
+        num_bytes = store.put_unit(
+            unit.name,
+            trained,
+            failed,
+            {r.key: (r.num_items, r.losses) for r in results},
+            self._layout,
+            config.store.dtype,
+            version=plan.version,
+            digests=digests,
+        )
         return {
             "num_users": len(trained),
             "num_failed": len(failed),
+            "num_warm": len(starts),
             "num_bytes": num_bytes,
             "first_loss": _mean([r.losses[0] for r in results if r.row_P is not None]),
             "last_loss": _mean([r.losses[-1] for r in results if r.row_P is not None]),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from proper_ds.data.batches import StepPlan, collate, length_batches
 from proper_ds.data.config import DataConfig
-from proper_ds.data.prepare import prepare
+from proper_ds.data.prepare import Known, prepare
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import HISTORY, QUERY, TokenData, tokenize
@@ -108,6 +108,24 @@ def test_tokenised_data_holds_every_example_in_user_order(prepared, tokenizer, t
     assert data.marker["num_examples"] == len(kinds) == 10 + 5
     assert data.labels("LaMP_3") == encoder.label_ids(prepared.manifest.tasks["LaMP_3"])
     assert json.loads((tmp_path / "tokens" / "tokens.json").read_text())["tasks"] == ["LaMP_3"]
+
+
+def test_the_digest_of_a_history_is_that_of_its_tokens_wherever_they_stand(prepared, tokenizer, tmp_path, monkeypatch):
+    tokenize(prepared, PromptEncoder(tokenizer, SUFFIX, 128), tmp_path / "one", "train", None)
+    one = TokenData(tmp_path / "one").history_digests(0, 5)
+    cold = [not user.history for user in prepared.users()]
+    assert [not digest for digest in one] == cold
+    assert len(set(one)) == 5
+    monkeypatch.setattr("proper_ds.data.tokens.USERS_PER_DIGEST", 2)
+    assert TokenData(tmp_path / "one").history_digests(1, 4) == one[1:4]
+
+    known = Known(users=[user.key for user in prepared.users()][::-1])
+    prepare(DataConfig(path=str(tmp_path / "in")), tmp_path / "turned", known=known)
+    tokenize(PreparedData(tmp_path / "turned"), PromptEncoder(tokenizer, SUFFIX, 128), tmp_path / "two", "train", None)
+    assert TokenData(tmp_path / "two").history_digests(0, 5) == one[::-1]
+    tokenize(prepared, PromptEncoder(tokenizer, SUFFIX + "!", 128), tmp_path / "three", "train", None)
+    other = TokenData(tmp_path / "three").history_digests(0, 5)
+    assert all(a != b or not a for a, b in zip(one, other, strict=True))
 
 
 def test_batches_point_at_the_answers():

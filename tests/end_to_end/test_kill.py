@@ -39,6 +39,7 @@ class Driver:
 
     yaml: Path
     log: Path
+    arguments: tuple[str, ...] = ()
     process: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class Driver:
         env = environment() | {MARK: self.mark}
         with self.log.open("a", encoding="utf-8") as out:
             self.process = subprocess.Popen(
-                command("run", self.yaml), env=env, stdout=out, stderr=out, start_new_session=True
+                command("run", self.yaml, *self.arguments), env=env, stdout=out, stderr=out, start_new_session=True
             )
 
     def __enter__(self) -> Driver:

@@ -1,86 +1,132 @@
-"""The controller with a fake fleet: every unit exactly once, retries elsewhere, stops where a retry cannot help."""
+"""The controller with a fake fleet: every unit exactly once, retries elsewhere, quarantine, stops, elastic workers."""
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper_ds.errors import DataError, FleetError
-from proper_ds.fleet.controller import UNITS_PER_WORKER, Controller, Outcome
-from proper_ds.fleet.plan import Unit, plan_units
+from proper_ds.fleet.controller import UNITS_PER_WORKER, Controller, Done, Failed, Lost
+from proper_ds.fleet.plan import Unit
 from proper_ds.fleet.policy import Decision, Failure, FailurePolicy
 
 
 class FakePool:
-    """Workers that finish, fail or die as a script says; holds what is running."""
+    """Workers that finish, fail or die as `behave(worker, unit)` says; `between` may change them every turn."""
 
-    def __init__(self, num_workers, behave):
-        self.num_workers = num_workers
-        self._behave = behave
-        self.queues = [[] for _ in range(num_workers)]
-        self.replaced, self.most = [], 0
+    def __init__(self, num_workers, behave, between=lambda pool: []):
+        self._behave, self._between = behave, between
+        self.queues, self.num_started = {}, 0
+        self.most, self.submitted = 0, []
+        for _ in range(num_workers):
+            self.start()
+
+    def start(self):
+        self.queues[self.num_started] = []
+        self.num_started += 1
+
+    def lose(self, worker, why="killed"):
+        del self.queues[worker]
+        return Lost(worker, why)
+
+    @property
+    def workers(self):
+        return list(self.queues)
 
     def submit(self, worker, unit):
         self.queues[worker].append(unit)
-        self.most = max(self.most, max(len(q) for q in self.queues))
+        self.submitted.append((worker, unit.first))
+        self.most = max(self.most, len(self.queues[worker]))
 
     def wait(self):
-        for worker, queue in enumerate(self.queues):
+        events = self._between(self)
+        for worker, queue in list(self.queues.items()):
             if queue:
-                unit = queue.pop(0)
-                what = self._behave(worker, unit)
-                if what is None:
-                    return [Outcome(worker, unit, {"by": worker})]
+                what = self._behave(worker, queue[0])
                 if what == "dies":
-                    return [Outcome(worker, unit, None)]
-                return [Outcome(worker, unit, None, what)]
-        return []
-
-    def replace(self, worker):
-        self.replaced.append(worker)
-        self.queues[worker] = []
+                    events.append(self.lose(worker))
+                    self.start()
+                elif what is None:
+                    unit = queue.pop(0)
+                    events.append(Done(worker, unit, {"by": worker}))
+                else:
+                    events.append(Failed(worker, queue.pop(0), what))
+                break
+        return events
 
 
 def units(count):
-    return [Unit(n, n + 1, 10) for n in range(count)]
+    return [Unit(n, n + 1, 10, num_users=1) for n in range(count)]
 
 
-def run(pool, count, max_retries=2):
+def run(pool, count, max_retries=2, max_quarantined=0, quarantined=None):
     done = []
-    Controller(units(count), pool, FailurePolicy(max_retries), lambda unit, report: done.append(unit.first)).run()
+    policy = FailurePolicy(max_retries, max_quarantined)
+    given_up = None if quarantined is None else lambda unit, reason: quarantined.update({unit.first: reason})
+    Controller(units(count), pool, policy, lambda unit, report: done.append(unit.first), given_up).run()
     return done
 
 
+def works(worker, unit):
+    return None
+
+
 def test_every_unit_is_done_once_with_bounded_queues():
-    pool = FakePool(3, lambda worker, unit: None)
+    pool = FakePool(3, works)
     assert sorted(run(pool, 20)) == list(range(20))
     assert pool.most <= UNITS_PER_WORKER
 
 
 def test_no_units_no_work():
-    assert run(FakePool(2, lambda worker, unit: None), 0) == []
+    assert run(FakePool(2, works), 0) == []
+
+
+CHANCES = st.sampled_from(["works"] * 5 + ["dies", "fails", "node lost", "node joins", "nothing", "all lost"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 4), st.integers(1, 25), st.lists(CHANCES, max_size=120))
+def test_whatever_happens_in_whatever_order_every_unit_is_done_exactly_once(num_workers, count, story):
+    """The story's events come first, one a turn; then all goes well. Retries are not what is tested here."""
+    story = iter(story)
+    now = "works"
+
+    def between(pool):
+        nonlocal now
+        now = next(story, "works")
+        if now == "node lost" and len(pool.queues) > 1:
+            return [pool.lose(pool.workers[-1], "its node is dead")]
+        if now == "all lost":
+            return [pool.lose(worker, "its node is dead") for worker in pool.workers]
+        if now == "node joins" or not pool.queues:
+            pool.start()
+        return []
+
+    def behave(worker, unit):
+        return {"dies": "dies", "fails": RuntimeError("bad luck")}.get(now)
+
+    pool = FakePool(num_workers, behave, between)
+    assert sorted(run(pool, count, max_retries=1000)) == list(range(count))
+    assert pool.most <= UNITS_PER_WORKER
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 25), st.integers(0, 10_000))
-def test_whatever_dies_every_unit_is_done_exactly_once(num_workers, count, seed):
-    generator = random.Random(seed)
-    deaths = {}
+@given(st.integers(1, 4), st.sets(st.integers(0, 19), max_size=6), st.integers(0, 6))
+def test_units_that_always_kill_are_given_up_and_all_others_done_within_the_limit(num_workers, killers, limit):
+    pool = FakePool(num_workers, lambda worker, unit: "dies" if unit.first in killers else None)
+    quarantined = {}
+    if len(killers) > limit:
+        with pytest.raises(FleetError, match="failed 3 times"):
+            run(pool, 20, 2, limit, quarantined)
+        assert len(quarantined) == limit
+    else:
+        assert sorted(run(pool, 20, 2, limit, quarantined)) == sorted(set(range(20)) - killers)
+        assert set(quarantined) == killers
+        assert all("failed 3 times" in reason and "killed" in reason for reason in quarantined.values())
 
-    def behave(worker, unit):
-        if generator.random() < 0.3 and deaths.get(unit.name, 0) < 3:
-            deaths[unit.name] = deaths.get(unit.name, 0) + 1
-            return generator.choice(["dies", RuntimeError("bad luck")])
-        return None
 
-    assert sorted(run(FakePool(num_workers, behave), count, max_retries=3)) == list(range(count))
-
-
-def test_units_queued_at_a_dead_worker_are_not_blamed():
+def test_only_the_unit_that_ran_is_blamed_for_a_death():
     died = []
 
     def behave(worker, unit):
@@ -91,54 +137,66 @@ def test_units_queued_at_a_dead_worker_are_not_blamed():
 
     pool = FakePool(1, behave)
     assert sorted(run(pool, 6, max_retries=2)) == list(range(6))
-    assert pool.replaced == [0, 0]
+    assert pool.num_started == 3
 
 
-def test_a_unit_that_kills_its_worker_again_and_again_stops_the_run():
+def test_a_unit_that_failed_once_is_alone_at_its_worker_when_tried_again():
+    alone = []
+
+    def behave(worker, unit):
+        if unit.first == 0:
+            alone.append([held.first for held in pool.queues[worker]] == [0])
+            return "dies" if len(alone) < 3 else None
+        return None
+
+    pool = FakePool(2, behave)
+    assert sorted(run(pool, 12)) == list(range(12))
+    assert alone == [False, True, True]
+
+
+def test_a_lost_worker_gets_nothing_more_and_a_new_one_gets_work():
+    def between(pool):
+        if len(pool.submitted) == 2 * UNITS_PER_WORKER and 0 in pool.queues:
+            pool.start()
+            return [pool.lose(0)]
+        return []
+
+    pool = FakePool(2, works, between)
+    assert sorted(run(pool, 12)) == list(range(12))
+    last_of_0 = max(n for n, (worker, _) in enumerate(pool.submitted) if worker == 0)
+    first_of_2 = min(n for n, (worker, _) in enumerate(pool.submitted) if worker == 2)
+    assert last_of_0 < first_of_2
+
+
+def test_a_unit_that_kills_its_worker_again_and_again_stops_a_run_that_gives_up_none():
     pool = FakePool(2, lambda worker, unit: "dies" if unit.first == 3 else None)
-    with pytest.raises(FleetError, match=r"unit-0000000003-0000000004 failed 3 times.*its worker died"):
+    with pytest.raises(FleetError, match=r"unit-0000000003-0000000004 failed 3 times.*its worker was lost \(killed\)"):
         run(pool, 6, max_retries=2)
 
 
-def test_a_fault_of_the_users_stops_at_once():
-    tries = []
+def test_a_fault_of_the_users_stops_at_once_even_where_units_may_be_given_up():
+    tries, quarantined = [], {}
 
     def behave(worker, unit):
         tries.append(unit)
         return DataError("no such column") if unit.first == 0 else None
 
     with pytest.raises(DataError, match="no such column"):
-        run(FakePool(1, behave), 5, max_retries=5)
+        run(FakePool(1, behave), 5, 5, 5, quarantined)
     assert len(tries) == 1
+    assert not quarantined
 
 
 def test_decisions():
-    policy = FailurePolicy(max_retries=1)
-    assert policy.decide(Failure("u", None, 1)) is Decision.RETRY
-    assert policy.decide(Failure("u", RuntimeError(), 2)) is Decision.STOP
-    assert policy.decide(Failure("u", DataError(), 1)) is Decision.STOP
+    policy = FailurePolicy(max_retries=1, max_quarantined=10)
+    assert policy.decide(Failure("u", None, 1, 4)) is Decision.RETRY
+    assert policy.decide(Failure("u", RuntimeError(), 2, 4)) is Decision.QUARANTINE
+    assert policy.decide(Failure("u", RuntimeError(), 2, 4, num_quarantined=6)) is Decision.QUARANTINE
+    assert policy.decide(Failure("u", RuntimeError(), 2, 4, num_quarantined=7)) is Decision.STOP
+    assert policy.decide(Failure("u", DataError(), 1, 4)) is Decision.STOP
+    assert FailurePolicy(1).decide(Failure("u", None, 2, 0)) is Decision.STOP
 
 
-@given(st.lists(st.integers(0, 500), min_size=1, max_size=200), st.integers(1, 800))
-def test_units_cover_all_users_with_tokens_once_in_order(costs, size):
-    found = plan_units(np.asarray(costs), size)
-    assert [u.cost for u in found] == sorted((u.cost for u in found), reverse=True)
-    by_first = sorted(found, key=lambda unit: unit.first)
-    covered = [user for unit in by_first for user in range(unit.first, unit.stop)]
-    assert len(covered) == len(set(covered))
-    assert {user for user, cost in enumerate(costs) if cost} <= set(covered)
-    assert sum(unit.cost for unit in found) == sum(costs)
-    assert len({unit.name for unit in found}) == len(found)
-    assert sum(unit.num_users for unit in found) == sum(cost > 0 for cost in costs)
-    biggest = max(costs)
-    assert all(unit.cost < size + biggest for unit in found)
-
-
-def test_the_plan_does_not_depend_on_who_runs_it():
-    costs = np.random.default_rng(1).integers(0, 100, 500)
-    assert plan_units(costs, 700) == plan_units(costs.copy(), 700)
-
-
-def test_a_pool_without_workers_is_our_mistake():
-    with pytest.raises(AssertionError, match="without workers"):
-        run(FakePool(0, None), 3)
+def test_units_that_nobody_may_give_up_are_our_mistake():
+    with pytest.raises(AssertionError, match="nobody to tell"):
+        run(FakePool(1, works), 3, max_quarantined=1)

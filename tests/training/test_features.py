@@ -11,12 +11,16 @@ from proper_ds.training.features import FeatureData, is_written, write_features
 COUNTS = ([2, 0, 3], [1, 4])
 
 
+def digests_of(users, counts):
+    return [f"{user:032x}" if count else "" for user, count in zip(users, counts, strict=True)]
+
+
 def write_all(folder):
     generator = torch.Generator().manual_seed(1)
     items, first = [], 0
     for counts in COUNTS:
         made = torch.randn(sum(counts), 5, generator=generator)
-        write_features(folder, first, counts, made)
+        write_features(folder, first, counts, made, digests_of(range(first, first + len(counts)), counts))
         items += list(made.split(counts))
         first += len(counts)
     return items
@@ -43,3 +47,14 @@ def test_statistics_are_over_the_chosen_users_with_history(tmp_path):
     wanted = torch.stack([items[user].sum(0) / (len(items[user]) + PRIOR_ITEMS) for user in (0, 3, 4)])
     torch.testing.assert_close(mean, wanted.mean(0))
     torch.testing.assert_close(std, wanted.std(0, correction=0))
+
+
+def test_features_are_taken_over_for_the_very_same_history_only(tmp_path):
+    items = write_all(tmp_path)
+    data = FeatureData(tmp_path)
+    for user, wanted in enumerate(items):
+        if len(wanted):
+            assert data.items_of_history(user, f"{user:032x}").equal(wanted)
+        assert data.items_of_history(user, f"{user + 1:032x}") is None
+        assert data.items_of_history(user, "") is None
+    assert data.items_of_history(len(items), f"{len(items):032x}") is None

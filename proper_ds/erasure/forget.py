@@ -1,0 +1,288 @@
+"""Forgetting users of one run: every step may be cut short, and the same command again completes the work.
+
+The list of who is kept out is written first, the users' own rows of the prepared data go last: until then their places
+can be found. `proper-ds store forget` calls `forget`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proper_ds.data.forgotten import Forgotten
+from proper_ds.data.manifest import Manifest
+from proper_ds.erasure import rows
+from proper_ds.erasure.exports import erase_exports
+from proper_ds.erasure.people import Traces, check_known, places_of, stores_of, traces_of
+from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
+from proper_ds.erasure.rows import Taken
+from proper_ds.erasure.scan import Scan, mention_pattern, scan
+from proper_ds.errors import UserError
+from proper_ds.evaluation.results import read_predictions, write_lamp_files
+from proper_ds.files import write_json_atomic
+from proper_ds.run_folder import RunFolder, StageFolder, stage_of
+from proper_ds.store.store import AdapterStore
+from proper_ds.training.context import RunContext
+from proper_ds.training.rank_stage import CHECKPOINT
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+
+FOLDER, PENDING = "forgotten", "pending.json"
+BY_PLACE = ("tokens", "features", "predictions")
+"""Stages that know users by index alone."""
+
+
+@dataclass
+class Receipt:
+    """What was done, written as JSON into the run's folder; names nobody.
+
+    Attributes:
+        removed: by kind, rows, files and bytes.
+        remains: what shared stages learned from the users, by stage.
+        sources: the caller's own files in which the users still stand.
+        not_reached: exported adapters that are not where they were written.
+        proof: what was read back, and everything found there that should be gone.
+    """
+
+    time: str
+    num_users: int
+    removed: dict[str, dict[str, int]] = field(default_factory=dict)
+    remains: dict[str, Any] = field(default_factory=dict)
+    how_to_remove: str = RETRAIN
+    sources: list[str] = field(default_factory=list)
+    not_reached: list[str] = field(default_factory=list)
+    proof: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether nothing was found that should be gone."""
+        return not self.proof["found"]
+
+
+def check_nothing_pending(root: Path) -> None:
+    """Raise UserError where forgetting was cut short: a run would work with half of somebody's data."""
+    if (root / FOLDER / PENDING).exists():
+        raise UserError(
+            f"{root}: forgetting users was cut short there; run the same `proper-ds store forget` again first"
+        )
+
+
+class _Work:
+    """One call of `forget`; what it has done so far is kept in `pending.json`, in case it is cut short."""
+
+    def __init__(self, context: RunContext, keys: Sequence[str], places: dict[str, int]) -> None:
+        self.context, self.run = context, context.folder
+        self.keys, self.places = keys, places
+        self.indices = sorted(places.values())
+        pattern = mention_pattern(keys)
+        self.mentions: Callable[[str], bool] = lambda text: bool(
+            pattern.search(text.encode("utf-8", "surrogateescape"))
+        )
+        self._pending = self.run.root / FOLDER / PENDING
+        self.receipt = Receipt(time.strftime("%Y-%m-%d %H:%M:%S"), len(keys))
+        if self._pending.exists():
+            before = json.loads(self._pending.read_text(encoding="utf-8"))
+            for name in ("removed", "remains", "not_reached"):
+                setattr(self.receipt, name, before[name])
+        if not self.receipt.remains:
+            self.receipt.remains = learned_from(context, self.indices)
+        self.save()
+
+    def save(self) -> None:
+        """Write down what was done."""
+        write_json_atomic(self._pending, asdict(self.receipt))
+
+    def note(self, kind: str, taken: Taken) -> None:
+        """Add to what was removed."""
+        if taken == Taken():
+            return
+        before = Taken(**self.receipt.removed.get(kind, {}))
+        self.receipt.removed[kind] = asdict(before + taken)
+        self.save()
+
+    def leftovers(self) -> None:
+        """What killed writers left: it may hold anything."""
+        left = [
+            *self.run.root.rglob(".*.tmp"),
+            *self.run.root.rglob(".staging.sqlite*"),
+            *self.run.root.glob(".check-*"),
+        ]
+        for path in left:
+            if path.exists():
+                self.note("leftovers of killed processes", rows.delete(path))
+
+    def aside(self) -> None:
+        """Results moved aside: what knows users by place goes as a whole, as those places are not known any more."""
+        for path in sorted((self.run.root / "superseded").glob("*")):
+            name = stage_of(path)
+            if name in BY_PLACE or rows.has_tables(path) or (name == "prepared" and not rows.is_prepared(path)):
+                self.note("superseded results", rows.delete(path))
+            elif name == "prepared":
+                self.note("superseded prepared data", rows.erase_prepared(path, self.keys, self.mentions))
+            elif (path / CHECKPOINT).exists():
+                self.note("superseded results", rows.delete(path / CHECKPOINT))
+
+    def adapters(self) -> None:
+        """Adapters of all versions, live and moved aside."""
+        for path in stores_of(self.run):
+            before = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            report = AdapterStore(path).forget(self.keys)
+            after = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            if report.num_packs or report.num_fragments:
+                self.note("adapters", Taken(report.num_rows, report.num_packs + report.num_fragments, before - after))
+
+    def exports(self) -> None:
+        """Adapters written elsewhere."""
+        num_folders, num_bytes, not_reached = erase_exports(self.run.root, self.keys)
+        self.receipt.not_reached += not_reached
+        self.note("exported adapters", Taken(num_folders, num_folders, num_bytes))
+        self.save()
+
+    def retire(self) -> None:
+        """Move aside what was made from data in another order, as the next run would."""
+        order = self._order()
+        for name in [*BY_PLACE, *(f"group/{path.name}" for path in self.run.root.glob("group/*"))]:
+            place = self.run.stage(name)
+            found = place.inputs() or place.begun()
+            if found is not None and found.get("made_from", {}).get("order", order) != order:
+                place.begin("retired")
+
+    def _order(self) -> str | None:
+        marker = self.run.stage("tokens").inputs() if self.context.config.data.prepared else None
+        marker = marker or self.run.stage("prepared").inputs() or self.run.stage("prepared").begun()
+        return marker.get("made_from", {}).get("order") if marker else None
+
+    def stages(self) -> None:
+        """What stages derived from the users' data, known by their places."""
+        run, features = self.run, self.run.stage("features").path
+        self.note("features", rows.erase_features(features, self.indices))
+        predictions = run.stage("predictions")
+        if predictions.inputs() is None and predictions.path.exists():
+            self.note("predictions", rows.delete(predictions.path))  # its units would be cut otherwise now
+        self.note("predictions", rows.erase_predictions(predictions.path, self.indices))
+        if predictions.inputs() is not None:
+            self._write_lamp_files(predictions)
+        for path in sorted(run.root.glob("group/*/level.safetensors")):
+            self.note("user tables of the group stage", rows.erase_table_lines(path, self.indices))
+        for path in [
+            *run.root.glob(CHECKPOINT),
+            *run.root.glob(f"*/{CHECKPOINT}"),
+            *run.root.glob(f"*/*/{CHECKPOINT}"),
+        ]:
+            self.note("checkpoints of unfinished stages", rows.delete(path))
+        tokens = run.stage("tokens")
+        if tokens.inputs() is None and tokens.path.exists():
+            self.note("tokens", rows.delete(tokens.path))
+        self.note("tokens", rows.erase_tokens(tokens.path, self.indices))
+
+    def _write_lamp_files(self, predictions: StageFolder) -> None:
+        done = predictions.inputs()
+        assert done is not None
+        if not all((predictions.path / method).exists() for method in done["settings"]["methods"]):
+            return  # the report has not been made
+        tasks = Manifest.read(self.context.prepared_path).tasks
+        write_lamp_files(read_predictions(predictions.path), tasks, done["settings"]["methods"], predictions.path)
+
+    def words(self) -> None:
+        """Lines that speak of the users."""
+        for path in sorted(self.run.logs.glob("*")):
+            self.note("lines of logs", rows.erase_lines(path, self.mentions))
+        if self.run.metrics.exists():
+            self.note("lines of metrics", rows.erase_lines(self.run.metrics, self.mentions))
+
+    def data(self) -> None:
+        """The users' own rows, and with them the way to their places."""
+        prepared = self.run.stage("prepared").path
+        if self.run.roster.exists():
+            self.note("roster", rows.erase_roster(self.run.roster, self.keys))
+        if rows.is_prepared(prepared):
+            self.note("prepared data", rows.erase_prepared(prepared, self.keys, self.mentions))
+        elif prepared.exists():
+            self.note("prepared data", rows.delete(prepared))
+
+    def prove(self, traces: Traces) -> None:
+        """Read everything back."""
+        foreign = _drop_foreign(self.run, traces)
+        result = scan(self.run.root, self.keys, traces.by_kind)
+        self.receipt.proof = _proof(result, traces, foreign)
+
+    def finish(self) -> Path:
+        """Write the receipt."""
+        name = f"receipt-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}.json"
+        path = self.run.root / FOLDER / name
+        write_json_atomic(path, asdict(self.receipt))
+        self._pending.unlink()
+        return path
+
+
+def _drop_foreign(run: RunFolder, traces: Traces) -> int:
+    """Leave out traces that others have too: what is still in data whose own rows were just emptied. Returns how many.
+
+    That those rows are empty is read back by key and by place, not by these traces.
+    """
+    num_foreign = 0
+    for kind, folder in (("text", "prepared"), ("tokens", "tokens"), ("features", "features")):
+        sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind.get(kind, []))}
+        foreign = {number for _, number in scan(run.root / folder, [], sought).found}
+        traces.by_kind[kind] = [trace for number, (trace,) in sought.items() if number not in foreign]
+        num_foreign += len(foreign)
+    return num_foreign
+
+
+def _proof(result: Scan, traces: Traces, num_foreign: int) -> dict[str, Any]:
+    # a base's vocabulary may have any word
+    in_base = [name for name, kind in result.found if kind == "key" and name.startswith("base/")]
+    return {
+        "num_files_read": result.num_files,
+        "num_bytes_read": result.num_bytes,
+        "num_bytes_unpacked": result.num_unpacked_bytes,
+        "num_traces_sought": {kind: len(found) for kind, found in traces.by_kind.items()},
+        "num_traces_others_have_too": num_foreign,
+        "found": [f"{name}: {kind}" for name, kind in result.found if name not in in_base or kind != "key"],
+        "words_of_the_base": in_base,
+    }
+
+
+def forget(config: RunConfig, root: Path, keys: Sequence[str]) -> tuple[Receipt, Path]:
+    """Remove everything of these users from a run's folder, and prove it.
+
+    Args:
+        config: of the run.
+        root: the run's folder, which may have been moved since.
+        keys: the users' keys, as in the data.
+
+    Returns:
+        The receipt, and the file it was written to.
+
+    Raises:
+        UserError: while a run is at work there.
+        StoreError: for keys of whom the run has nothing; then nobody is forgotten.
+    """
+    import torch
+
+    keys = list(dict.fromkeys(keys))
+    context = RunContext(config.model_copy(update={"output_dir": str(root.resolve())}), torch.device("cpu"))
+    run = context.folder
+    with run.locked():
+        forgotten = Forgotten.read(run.root)
+        places = places_of(run, keys, context.prepared_path)
+        check_known(run, keys, places, forgotten)
+        forgotten.add(keys, run.root)
+        work = _Work(context, keys, places)
+        work.retire()
+        traces = traces_of(run, places, keys)
+        work.leftovers()
+        work.aside()
+        work.adapters()
+        work.exports()
+        work.stages()
+        work.words()
+        work.data()
+        work.receipt.sources = still_in_sources(config, keys)
+        work.prove(traces)
+        return work.receipt, work.finish()

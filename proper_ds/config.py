@@ -197,8 +197,12 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     if not Path(deepspeed).exists() and uploaded.exists():  # in a job, ds_configs/ comes with the upload
         deepspeed = str(uploaded)
     distributed = config.distributed.model_copy(update={"deepspeed": deepspeed})
+    store = config.store
+    if store.location is not None and "://" not in store.location:
+        store = store.model_copy(update={"location": absolute(store.location)})
     return config.model_copy(
         update={
+            "store": store,
             "output_dir": absolute(config.output_dir),
             "data": data,
             "base": base,

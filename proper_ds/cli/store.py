@@ -41,11 +41,12 @@ def _folder_of(run: Path, name: str) -> Path:
 
 
 def _opened(run: Path | None, name: str, location: str | None) -> AdapterStore:
+    from proper_ds.store.elsewhere import open_store
     from proper_ds.store.store import AdapterStore
 
     if (run is None) == (location is None):
         raise StoreError("give --run with the run's folder, or --store with a folder or URI, and not both")
-    store = AdapterStore(location if run is None else _folder_of(run, name))  # type: ignore[arg-type]
+    store = open_store(_folder_of(run, name)) if run is not None else AdapterStore(location or "")
     if location is not None and not store.catalog.has_anything():
         raise StoreError(f"{location} holds no store: its catalog/ is empty or missing")
     return store

@@ -25,7 +25,7 @@ from proper_ds.errors import UserError
 from proper_ds.evaluation.results import read_predictions, write_lamp_files
 from proper_ds.files import write_json_atomic
 from proper_ds.run_folder import RunFolder, StageFolder, stage_of
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import location_of, open_store
 from proper_ds.training.context import RunContext
 from proper_ds.training.rank_stage import CHECKPOINT
 
@@ -130,9 +130,10 @@ class _Work:
     def adapters(self) -> None:
         """Adapters of all versions, live and moved aside."""
         for path in stores_of(self.run):
-            before = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            report = AdapterStore(path).forget(self.keys)
-            after = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            store = open_store(path)
+            before = store.stats().pack_bytes
+            report = store.forget(self.keys)
+            after = store.stats().pack_bytes
             if report.num_packs or report.num_fragments:
                 self.note("adapters", Taken(report.num_rows, report.num_packs + report.num_fragments, before - after))
 
@@ -208,8 +209,11 @@ class _Work:
     def prove(self, traces: Traces) -> None:
         """Read everything back."""
         foreign = _drop_foreign(self.run, traces)
-        result = scan(self.run.root, self.keys, traces.by_kind)
-        self.receipt.proof = _proof(result, traces, foreign)
+        elsewhere = [found for path in stores_of(self.run) if isinstance(found := location_of(path), str)]
+        others = [Path(location) for location in elsewhere if "://" not in location]
+        result = scan(self.run.root, self.keys, traces.by_kind, others)
+        remote = [location for location in elsewhere if "://" in location]
+        self.receipt.proof = _proof(result, traces, foreign) | {"stores_not_searched_by_bytes": remote}
 
     def finish(self) -> Path:
         """Write the receipt."""

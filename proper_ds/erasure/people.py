@@ -19,7 +19,7 @@ from proper_ds.data.tokens import TokenData
 from proper_ds.erasure.exports import read_exports
 from proper_ds.errors import DataError, StoreError
 from proper_ds.run_folder import RunFolder
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from proper_ds.training.features import FeatureData
 
 MIN_TEXT_BYTES, MIN_TOKENS, ROW_BYTES, NUM_OF_A_KIND = 24, 16, 64, 8
@@ -56,7 +56,7 @@ def stores_of(run: RunFolder) -> list[Path]:
 
 def check_known(run: RunFolder, keys: Sequence[str], places: dict[str, int], forgotten: Forgotten) -> None:
     """Raise StoreError for users of whom the run has nothing, suggesting whom they may be."""
-    stores = [AdapterStore(path) for path in stores_of(run)]
+    stores = [open_store(path) for path in stores_of(run)]
     exported = {export.user for export in read_exports(run.root)}
     aside = _keys_aside(run)
     unknown = [
@@ -114,7 +114,7 @@ def traces_of(run: RunFolder, places: dict[str, int], keys: Sequence[str]) -> Tr
                 rows_IF = features.items(index).contiguous().numpy()
                 traces.add("features", [row.tobytes()[:ROW_BYTES] for row in rows_IF])
     for path in stores_of(run):
-        store = AdapterStore(path)
+        store = open_store(path)
         for key in keys:
             if store.has(key):
                 try:

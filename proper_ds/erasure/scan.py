@@ -54,18 +54,21 @@ def mention_pattern(keys: Sequence[str]) -> re.Pattern[bytes]:
     return re.compile(b"|".join(either))
 
 
-def scan(folder: Path, keys: Sequence[str], traces: dict[str, list[bytes]]) -> Scan:
+def scan(folder: Path, keys: Sequence[str], traces: dict[str, list[bytes]], others: Sequence[Path] = ()) -> Scan:
     """Search every file below `folder`.
 
     Args:
         traces: bytes by kind.
+        others: more folders to search; what is found there is named by its whole path.
     """
     result = Scan()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            result.num_files += 1
-            result.num_bytes += path.stat().st_size
-            result.found += [(str(path.relative_to(folder)), kind) for kind in _search(path, keys, traces, result)]
+    for root in (folder, *others):
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                result.num_files += 1
+                result.num_bytes += path.stat().st_size
+                name = str(path.relative_to(folder) if root is folder else path)
+                result.found += [(name, kind) for kind in _search(path, keys, traces, result)]
     return result
 
 

@@ -24,7 +24,7 @@ from proper_ds.model.base import find_targets
 from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import SlotBuffers
 from proper_ds.model.routing import Rows, mean_gates
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from proper_ds.training.context import PopulationSwitch, RunContext
 from proper_ds.training.features import FeatureData
 from proper_ds.training.selection import num_history, table_line
@@ -89,7 +89,7 @@ class PredictJob:
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._levels = {self._level_path(m): self._load_level(m) for m in self._methods if m.preset}
-        self._stores = {s: AdapterStore(context.folder.stage(f"store/{s}").path) for s in self._sets()}
+        self._stores = {s: open_store(context.folder.stage(f"store/{s}").path) for s in self._sets()}
         self._slots = {
             name: SlotBuffers(store.layout, MAX_ROWS, torch.float32, device, trainable=False)
             for name, store in self._stores.items()

@@ -19,6 +19,7 @@ from proper_ds.evaluation.report_text import markdown_of
 from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, read_predictions, write_lamp_files
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
 from proper_ds.observe.metrics import read_events
+from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
     for name in dict.fromkeys(METHODS[m].adapter_set for m in config.evaluation.methods):
         if name is None:
             continue
-        store = AdapterStore(context.folder.stage(f"store/{name}").path)
+        store = open_store(context.folder.stage(f"store/{name}").path)
         users = store.users()
         num_bytes = store.stats().pack_bytes
         sets[name] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from proper_ds.fleet.plan import Unit
 from proper_ds.model.lora import LoraLayout
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from proper_ds.training.context import RunContext
 from proper_ds.training.set_plan import SetPlan
 
@@ -20,7 +20,7 @@ def give_up_unit(context: RunContext, unit: Unit, plan: SetPlan, reason: str) ->
     config = context.config
     keys = [context.keys[user] for user in range(unit.first, unit.stop) if plan.chosen[user]]
     no_layout = LoraLayout((), config.user.lora.r, config.user.lora.lora_alpha)  # of adapters, of which there are none
-    store = AdapterStore(context.folder.stage(f"store/{unit.part}").path)
+    store = open_store(context.folder.stage(f"store/{unit.part}").path)
     failures, losses = dict.fromkeys(keys, reason), dict.fromkeys(keys, (0, list[float]()))
     # without digests: the next update tries these users again
     store.put_unit(unit.name, {}, failures, losses, no_layout, config.store.dtype, version=plan.version)

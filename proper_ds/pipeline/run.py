@@ -32,7 +32,8 @@ from proper_ds.pipeline.record import record_run
 from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stages import STEPS, Stage, StageList
 from proper_ds.run_folder import RunFolder
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store, point_to
+from proper_ds.store.files import open_files
 from proper_ds.training.context import RunContext, base_dtype
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
@@ -69,6 +70,8 @@ class Run:
             stack.enter_context(self.folder.locked())
             check_nothing_pending(self.folder.root)
             record_run(self.config, self.folder)
+            if self.config.store.location is not None:
+                open_files(self.config.store.location)  # refuses places where two writers could both win
             self._say_what_is_kept()
             for step in STEPS:
                 wanted = self.stages.of(step)
@@ -152,9 +155,12 @@ class Run:
         """Make a stage's folder ready; True where a result of other inputs was moved aside."""
         place, about = self.folder.stage(stage.name), stage.about
         if stage.step == "user":
-            newest = AdapterStore(place.path).last_version() if stage.is_update else 0
+            newest = open_store(place.path).last_version() if stage.is_update else 0
             about = about | {"version": newest + 1}
-        return place.begin(stage.fingerprint, about, stage.is_update)
+        was_moved = place.begin(stage.fingerprint, about, stage.is_update)
+        if stage.step == "user":
+            point_to(place.path, self.config.store.location)
+        return was_moved
 
     def _prepare(self, stages: list[Stage]) -> None:
         known = known_before(self.folder, stages[0])
@@ -228,7 +234,7 @@ class Run:
         places = {stage.name.removeprefix("store/"): self.folder.stage(stage.name) for stage in stages}
         plans = {name: ensure_plan(self.context, place) for name, place in places.items()}
         units = [unit for name, plan in plans.items() for unit in self._units(plan.chosen, part=name)]
-        done = {name: AdapterStore(places[name].path).units(plan.version) for name, plan in plans.items()}
+        done = {name: open_store(places[name].path).units(plan.version) for name, plan in plans.items()}
         pending = [unit for unit in units if unit.name not in done[unit.part]]
         if not units:
             get_logger().info("user: no history changed, so no adapter is trained")

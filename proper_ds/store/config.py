@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import field_validator
+
 from proper_ds.section import Section
 
 
@@ -12,3 +14,12 @@ class StoreConfig(Section):
 
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Type of stored adapters; bfloat16 halves the storage and rounds the weights, int8 quarters it and rounds more."""
+    location: str | None = None
+    """Where adapters go instead of the run's folder: a folder, or an fsspec URI such as s3://bucket/adapters."""
+
+    @field_validator("location")
+    @classmethod
+    def _shared(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("memory:"):
+            raise ValueError("memory: is seen by one process only; give a folder, s3:// or gs://")
+        return value

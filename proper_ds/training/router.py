@@ -19,7 +19,7 @@ from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import SlotBuffers
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from proper_ds.training.config import RouterConfig
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupInputs, GroupModule
@@ -44,7 +44,7 @@ class RouterStage(RankStage):
         self._seed = seed_of(config.seed, self.name)
         lm = context.load_lm(with_population=True)
         self._level = GroupLevel.load(context.folder.stage(f"group/{preset}").path / "level.safetensors")
-        self._store = AdapterStore(context.folder.stage(f"store/{preset}").path)
+        self._store = open_store(context.folder.stage(f"store/{preset}").path)
         self._inputs = GroupInputs(context, self._level, self._seed)
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
         self._model = PersonalModel(lm, find_targets(lm, names))

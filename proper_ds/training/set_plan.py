@@ -12,7 +12,7 @@ import numpy as np
 from proper_ds.files import atomic_path
 from proper_ds.observe.log import get_logger
 from proper_ds.run_folder import StageFolder
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import num_history, router_users, users_with_queries
 
@@ -70,7 +70,7 @@ def users_to_train(context: RunContext) -> np.ndarray:
 
 def _changed(context: RunContext, place: StageFolder) -> np.ndarray:
     """Mask over the users to train whose history is not the one that their newest version was learned from."""
-    tokens, keys, store = context.tokens, context.keys, AdapterStore(place.path)
+    tokens, keys, store = context.tokens, context.keys, open_store(place.path)
     mask = users_to_train(context)
     num_kept = num_new = 0
     for start in range(0, tokens.num_users, USERS_PER_BLOCK):

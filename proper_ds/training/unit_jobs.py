@@ -18,6 +18,7 @@ from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.user_vectors import pooled
 from proper_ds.observe.log import get_logger
+from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData, compute_features, previous_features, write_features
@@ -171,7 +172,7 @@ class UsersJob:
         """See Job."""
         config, plan = self._context.config, self._plan_of(unit.part)
         start_s = time.perf_counter()
-        store = AdapterStore(self._context.folder.stage(f"store/{unit.part}").path)
+        store = open_store(self._context.folder.stage(f"store/{unit.part}").path)
         if unit.name in store.units(plan.version):
             # a retry after a commit must not start from what that commit stored
             return {"num_users": 0, "num_failed": 0, "num_bytes": 0, "seconds": 0.0}

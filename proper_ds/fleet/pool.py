@@ -60,7 +60,7 @@ class RayPool:
         self._actors: dict[int, _Actor] = {}
         self._running: dict[ray.ObjectRef, tuple[int, Unit]] = {}
         self._next_look_s = self._last_ready_s = time.monotonic()
-        self._failed_start, self._warned_of = "", set[str]()
+        self._failed_start, self._has_worked, self._warned_of = "", False, set[str]()
         self._remote = ray.remote(
             num_cpus=config.fleet.num_cpus_per_actor,
             num_gpus=1 if cluster.on_gpu else 0,
@@ -79,7 +79,7 @@ class RayPool:
 
     def wait(self) -> list[Event]:
         """See Pool."""
-        events: list[Event] = []
+        events = self._results()  # before a look, which would drop those of an actor found dead
         if time.monotonic() >= self._next_look_s:
             events += self._look()
             self._next_look_s = time.monotonic() + WATCH_S
@@ -136,7 +136,7 @@ class RayPool:
                 events += self._lose_or_give_up(asked[ref], error)
                 continue
             if not actor.node:
-                self._num_failed_starts = 0
+                self._has_worked = True
                 self._warn_of_keepalive(node, has_keepalive)
             actor.node, actor.sign, actor.num_missed = node, None, 0
         if is_look:
@@ -158,9 +158,9 @@ class RayPool:
         self._num_failed_starts += 1
         self._failed_start = _last_line(error)
         get_logger().warning("%s: an actor could not start (%s)", self._stage, self._failed_start)
-        if self._num_failed_starts > self._config.fleet.max_retries and not self.workers:
+        if self._num_failed_starts > self._config.fleet.max_retries and not self._has_worked:
             raise FleetError(
-                f"{self._stage}: {self._num_failed_starts} actors in a row could not start, the last one because"
+                f"{self._stage}: none of {self._num_failed_starts} actors could start, the last one because"
                 f" {self._failed_start}"
             )
         return []

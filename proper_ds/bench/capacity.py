@@ -165,6 +165,15 @@ def nearest_shape(base_params: float) -> tuple[Shape, float]:
     return shape, 1.0 if 0.8 < ratio < 1.25 else ratio
 
 
+def _flops_of_user(workload: dict[str, Any]) -> float:
+    """Model FLOP of one user of a benchmark's workload."""
+    kv = workload["hidden_size"] * workload["num_kv_heads"] // workload["num_heads"]
+    hidden, wide, num_layers = (workload[name] for name in ("hidden_size", "intermediate_size", "num_layers"))
+    shape = Shape("measured", hidden, wide, num_layers, kv, workload["vocab_size"])
+    tokens = workload["num_items"] * workload["num_epochs"] * (workload["shortest"] + workload["longest"]) / 2
+    return float(tokens * 4 * (shape.body_params + workload["target_share"] * shape.head_params))
+
+
 def read_measured(path: Path) -> Measured:
     """The best rate of a benchmark's JSON (`bench scaling`, `bench users`), of whatever model, as FLOP/s of a device.
 
@@ -173,23 +182,17 @@ def read_measured(path: Path) -> Measured:
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        workload, machine = found["workload"], found["machine"]
+        machine = found["machine"]
+        device = (machine["gpu"] or CPU).lower()
+        where = f"{machine['gpu'] or machine['cpu']}, {machine['date']}"
+        if "model_flops_per_s" in found:
+            best, flops = max(found["model_flops_per_s"].items(), key=lambda item: item[1])
+            source = f"{path.name}: {best} of preset {found['preset']} on {where}"
+            return Measured(flops, device, source)
         rates = {name: variant["median_users_per_s"] for name, variant in found["variants"].items()}
-        kv = workload["hidden_size"] * workload["num_kv_heads"] // workload["num_heads"]
-        shape = Shape(
-            "measured",
-            workload["hidden_size"],
-            workload["intermediate_size"],
-            workload["num_layers"],
-            kv,
-            workload["vocab_size"],
-        )
-        tokens = workload["num_items"] * workload["num_epochs"] * (workload["shortest"] + workload["longest"]) / 2
-        params = shape.body_params + workload["target_share"] * shape.head_params
         one_device = rates.get("1", max(rates.values()))
-        where = machine["gpu"] or f"{machine['cpu']}, one actor"
-        source = f"{path.name}: {one_device:,.1f} users/s on {where}, {machine['date']}"
-        return Measured(one_device * tokens * 4 * params, (machine["gpu"] or CPU).lower(), source)
+        source = f"{path.name}: {one_device:,.1f} users/s of one actor on {where}"
+        return Measured(one_device * _flops_of_user(found["workload"]), device, source)
     except (OSError, ValueError) as error:
         raise UserError(f"--measured {path}: {error}; give a JSON that `proper-ds bench scaling` wrote") from None
     except (KeyError, TypeError, AttributeError) as error:

@@ -20,6 +20,8 @@ from rich.table import Table
 
 from proper_ds.files import write_json_atomic
 
+_FILE_WIDTH = 140
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -103,6 +105,8 @@ def tell(
     for row in rows:
         table.add_row(*row)
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, width=_FILE_WIDTH)  # else 80, whatever the table needs
     console.print(table)
     about = result["machine"]
     where = about["gpu"] or f"{about['num_cpus']} CPUs ({about['cpu']}), {about['num_threads']} torch threads"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,7 @@ def bench_users(preset_name: str, batch_size: int, num_repeats: int, json_path: 
     if preset_name == "1b" and not torch.cuda.is_available():
         raise UserError("--preset 1b needs a GPU, and there is none here; use small, medium or large")
     quiet_libraries(on_gpu=torch.cuda.is_available())
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what PEFT itself calls
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(PRESETS[preset_name], batch_size, Path(folder))
         variants = bench.variants()
@@ -151,10 +153,8 @@ def _result(
     matrix = {
         str(dtype).removeprefix("torch."): matrix_rate(bench.preset, dtype, bench.device) for dtype in bench.models
     }
-    share = {}
-    for name in bench.counters:
-        dtype = "bfloat16" if name.endswith("bf16") else "float32"
-        share[name] = bench.needed_flops(name) * rates[name].median / len(bench.tasks) / matrix[dtype]
+    flops = {name: bench.needed_flops(name) * rates[name].median / len(bench.tasks) for name in bench.counters}
+    share = {n: rate / matrix["bfloat16" if n.endswith("bf16") else "float32"] for n, rate in flops.items()}
     tokens_per_user = bench.preset.num_epochs * np.mean([sum(len(e.ids) for e in t.examples) for t in bench.tasks])
     return {
         "preset": preset_name,
@@ -175,6 +175,7 @@ def _result(
         "padding_by_variant": {name: own.whole.padding for name, own in bench.counters.items()},
         "pareto_users": len(pareto_tasks),
         "matrix_flops_per_s": matrix,
+        "model_flops_per_s": flops,
         "share_of_matrix_rate": share,
         "machine": machine(),
     }

@@ -128,7 +128,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         estimate(dataclasses.replace(LIGHT_7B, targets=("query",)), "h200", 1)
     with pytest.raises(UserError, match="--dtype 'fp8'"):
         estimate(dataclasses.replace(LIGHT_7B, dtype="fp8"), "h200", 1)
-    with pytest.raises(UserError, match=r"no users/s of a known workload \(KeyError\('workload'\)\)"):
+    with pytest.raises(UserError, match=r"no users/s of a known workload \(KeyError\('machine'\)\)"):
         (tmp_path / "other.json").write_text("{}", encoding="utf-8")
         read_measured(tmp_path / "other.json")
     with pytest.raises(UserError, match="No such file"):
@@ -137,3 +137,13 @@ def test_what_makes_no_sense_is_refused(tmp_path):
 
 def test_a_base_that_fits_no_device_is_said_so():
     assert "does not fit one device" in line(Demand(10, 70e9), "memory", "h200", 8).value
+
+
+def test_the_rate_of_bench_users_is_read(tmp_path):
+    machine = {"gpu": "NVIDIA H200", "cpu": "some", "date": "2026-11-20"}
+    found = {"preset": "1b", "machine": machine, "model_flops_per_s": {"ours": 1e14, "ours_prefix_bf16": 3e14}}
+    (tmp_path / "users.json").write_text(json.dumps(found))
+    measured = read_measured(tmp_path / "users.json")
+    assert measured.flops == 3e14
+    assert measured.device == "nvidia h200"
+    assert "ours_prefix_bf16 of preset 1b" in measured.source

@@ -104,7 +104,7 @@ def matrix_rate(preset: Preset, dtype: torch.dtype, device: torch.device) -> flo
     x = torch.randn(num_tokens, preset.hidden_size, device=device).to(dtype)
     y = torch.randn(preset.hidden_size, preset.intermediate_size, device=device).to(dtype)
     flops = 2.0 * num_tokens * preset.hidden_size * preset.intermediate_size
-    num_calls = max(3, int(5e10 / flops) if device.type == "cpu" else int(1e13 / flops))
+    num_calls = min(2000, max(3, int((1e13 if device.type == "cuda" else 5e10) / flops)))
 
     def run() -> None:
         for _ in range(num_calls):

@@ -41,3 +41,16 @@ def test_units_are_cut_as_by_counting_user_by_user(costs, size):
 def test_the_plan_does_not_depend_on_who_runs_it():
     costs = np.random.default_rng(1).integers(0, 100, 500)
     assert plan_units(costs, 700) == plan_units(costs.copy(), 700)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(1, 120), st.data())
+def test_removing_a_whole_unit_leaves_the_users_of_every_other_together(costs, size, data):
+    units = sorted(plan_units(np.asarray(costs), size), key=lambda unit: unit.first)
+    if len(units) < 2:
+        return
+    gone = data.draw(st.sampled_from(units[:-1]))  # the last one is closed by the end of the data
+    left = [user for user in range(len(costs)) if not gone.first <= user < gone.stop]
+    again = plan_units(np.asarray([costs[user] for user in left]), size)
+    found = {tuple(user for user in left[unit.first : unit.stop] if costs[user]) for unit in again}
+    wanted = {tuple(u for u in range(unit.first, unit.stop) if costs[u]) for unit in units if unit is not gone}
+    assert found == wanted

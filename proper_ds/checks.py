@@ -105,10 +105,23 @@ def _users(config: RunConfig) -> list[Problem]:
     if user.early_stopping_threshold and user.early_stopping_patience is None:
         wrong, mend = "has no effect without user.early_stopping_patience", "Set that, too, or remove it."
         problems.append(Problem("user.early_stopping_threshold", wrong, mend))
+    patience = user.early_stopping_patience
+    if patience is not None and not user.min_steps and user.num_train_epochs < patience + 2:
+        wrong = f"{patience} can stop nobody in {user.num_train_epochs} epochs: the first sets the mark"
+        mend = f"Train at least {patience + 2} epochs, or lower it."
+        problems.append(Problem("user.early_stopping_patience", wrong, mend))
+    newest = user.max_history_items
+    beyond = sorted(least for least in ranks or {} if newest is not None and least > newest)
+    if beyond:
+        wrong = f"has ranks from {beyond} items on, but user.max_history_items is {newest}"
+        problems.append(Problem("user.rank_by_history", wrong, "Remove those, or raise max_history_items."))
     if user.cache_bytes not in (0, UserConfig.model_fields["cache_bytes"].get_default()):
         if not user.lora.layers or min(user.lora.layers) == 0:
             mend = "Leave the lowest layers out of user.lora.layers, or remove it."
             problems.append(Problem("user.cache_bytes", "has no effect where layer 0 is adapted", mend))
+        elif user.num_train_epochs == 1 and not user.min_steps:
+            mend = "Remove it, or train more epochs."
+            problems.append(Problem("user.cache_bytes", "has no effect in a single epoch", mend))
         elif user.lora.lora_dropout or config.group.lora.lora_dropout:
             wrong = "has no effect with dropout in user.lora or group.lora: states differ in every step"
             problems.append(Problem("user.cache_bytes", wrong, "Remove it, or the dropout."))

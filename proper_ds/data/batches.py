@@ -17,7 +17,6 @@ from proper_ds.files import seed_of
 Tensor = torch.Tensor
 
 _POOL_BATCHES = 50
-_PADDING_PART = 40
 
 
 @dataclass(frozen=True)
@@ -68,19 +67,21 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu", pad
     )
 
 
-def length_batches(lengths: Sequence[int], num_tokens: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], num_tokens: int, max_padding: int | None = None) -> list[list[int]]:
     """Cut positions into batches of similar length whose padded size stays within `num_tokens`; longest first.
 
-    A batch is closed, too, before its padding exceeds a fortieth of that: a full one is a few percent padding at
-    most, and one more small batch costs about as much as running so many tokens. A single example longer than the
-    budget gets a batch of its own.
+    A single example longer than the budget gets a batch of its own.
+
+    Args:
+        max_padding: close a batch, too, before it holds more tokens of padding; None for no limit.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
     width = padding = 0
     for index in order:
         padding += width - lengths[index]
-        if batches and (len(batches[-1]) + 1) * width <= num_tokens and padding <= num_tokens // _PADDING_PART:
+        fits = batches and (len(batches[-1]) + 1) * width <= num_tokens
+        if fits and (max_padding is None or padding <= max_padding):
             batches[-1].append(index)
         else:
             batches.append([index])

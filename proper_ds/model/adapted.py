@@ -89,19 +89,19 @@ class PersonalModel(nn.Module):
         """Switch a population LoRA on, or off with None."""
         for name, module in self.adapted.items():
             module.shared = loras.get(name) if loras is not None else None
-            module.dropout[_SHARED] = dropout
+            module.dropout[_SHARED] = dropout if module.shared is not None else 0.0
 
     def attach_users(self, slots: dict[str, SlotLora] | None, dropout: float = 0.0) -> None:
         """Switch user slots on, or off with None."""
         for name, module in self.adapted.items():
             module.user = slots.get(name) if slots is not None else None
-            module.dropout[_USER] = dropout
+            module.dropout[_USER] = dropout if module.user is not None else 0.0
 
     def attach_groups(self, mixtures: dict[str, ExpertMixture] | None, dropout: float = 0.0) -> None:
         """Switch group experts on, or off with None."""
         for name, module in self.adapted.items():
             module.group = mixtures.get(name) if mixtures is not None else None
-            module.dropout[_GROUP] = dropout
+            module.dropout[_GROUP] = dropout if module.group is not None else 0.0
 
     @property
     def has_dropout(self) -> bool:

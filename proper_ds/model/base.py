@@ -80,6 +80,38 @@ def check_head(lm: Any) -> None:
         )
 
 
+def attention_window(config: Any) -> int | None:
+    """How many tokens some layer's attention looks back at most; None where all look back at everything."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    found = [size for size in (window, getattr(config, "attention_chunk_size", None)) if size is not None]
+    return min(found, default=None)
+
+
+def check_masks(lm: Any) -> None:
+    """Raise AdapterError unless two texts behind a shared beginning, told apart by a mask, are as each alone."""
+    ids = torch.arange(3, 8, device=lm.device).unsqueeze(0) % lm.config.vocab_size  # beginning of 2, text of 2, of 1
+    position_ids = torch.tensor([[0, 1, 2, 3, 2]], device=lm.device)
+    seen = torch.ones(5, 5, dtype=torch.bool, device=lm.device).tril()
+    seen[4, 2:4] = False
+    mask = torch.zeros(1, 1, 5, 5, dtype=lm.dtype, device=lm.device).masked_fill_(~seen, torch.finfo(lm.dtype).min)
+    whole = backbone(lm)
+    try:
+        with torch.no_grad():
+            both = whole(input_ids=ids, position_ids=position_ids, attention_mask=mask, use_cache=False)[0][0]
+            first = whole(input_ids=ids[:, :4], use_cache=False)[0][0]
+            second = whole(input_ids=ids[:, [0, 1, 4]], use_cache=False)[0][0]
+        close = 1e-3 if lm.dtype is not torch.bfloat16 else 5e-2
+        fits = torch.allclose(both[:4], first, rtol=close, atol=close)
+        fits = fits and torch.allclose(both[4], second[2], rtol=close, atol=close)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        fits = False
+    if not fits:
+        raise AdapterError(
+            f"{type(lm).__name__} does not take 4-D attention masks with positions, which rows of several items need;"
+            " set user.share_prefix=false"
+        )
+
+
 def linears_of(lm: nn.Module) -> dict[str, nn.Linear]:
     """All linear modules of a model by name, the output head left out."""
     head = lm.get_output_embeddings()  # type: ignore[operator]

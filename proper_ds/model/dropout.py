@@ -37,7 +37,8 @@ def row_dropout(x_RTD: Tensor, key_RT: Tensor, module: int, p: float) -> Tensor:
     if key_RT.dim() == 1:
         key_RT = token_keys(key_RT, torch.arange(x_RTD.shape[1], device=device))
     channel_D = torch.arange(x_RTD.shape[-1], device=device) * _CHANNEL
-    token_RT = _mixed(key_RT + torch.tensor(module, device=device) * _MODULE)
+    offset = (module * _MODULE + (1 << 63)) % (1 << 64) - (1 << 63)  # wraps, as int64 does
+    token_RT = _mixed(key_RT + offset)
     hashed = _mixed(token_RT.unsqueeze(-1) + channel_D)
     keep = ((hashed >> 11) & 0xFFFFFF) >= int(p * (1 << 24))
     return x_RTD * keep / (1 - p)

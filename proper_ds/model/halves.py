@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ class Halves:
         layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
         if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
             raise AdapterError(_refusal(backbone, "it has no `layers` followed by a `norm`"))
-        self._lower = _view(backbone, list(layers)[:first_layer])
+        self._lower = _view(backbone, slice(0, first_layer))
         self._lower.norm = nn.Identity()
-        self._upper = _view(backbone, list(layers)[first_layer:])
+        self._upper = _view(backbone, slice(first_layer, len(layers)))
 
     def lower(self, ids_RT: Tensor, position_RT: Tensor | None, mask_R1TT: Tensor | None) -> Tensor:
         """States [R, T, D] below the cut."""
@@ -61,10 +62,17 @@ def _given(position_RT: Tensor | None, mask_R1TT: Tensor | None) -> dict[str, An
     return {} if position_RT is None else {"position_ids": position_RT, "attention_mask": mask_R1TT}
 
 
-def _view(backbone: nn.Module, layers: list[nn.Module]) -> nn.Module:
+def _view(backbone: nn.Module, part: slice) -> nn.Module:
     """The backbone with only these layers; the original stays as it is."""
     view = backbone.__new__(type(backbone))
     view.__dict__ = dict(backbone.__dict__)
     view._modules = dict(backbone._modules)
-    view.layers = nn.ModuleList(layers)
+    layers: Any = backbone.layers
+    config: Any = backbone.config
+    view.layers = nn.ModuleList(list(layers)[part])
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:  # which mask a layer gets goes by its place in this list
+        own = copy.deepcopy(config)
+        own.num_hidden_layers, own.layer_types = len(view.layers), list(kinds)[part]
+        view.config = own
     return view

@@ -134,6 +134,11 @@ class LoraLayout:
         parts = [part for _, a, b in self.views(row_P.unsqueeze(0)) for part in (a[0, :r], b[0, :, :r])]
         return torch.cat([part.flatten() for part in parts])
 
+    def used_rank(self, row_P: Tensor) -> int:
+        """How many ranks of an adapter in this layout are not zero throughout; at least 1."""
+        _, a, _ = next(self.views(row_P.unsqueeze(0)))
+        return max(1, int(a[0].any(-1).sum()))
+
     def first_row(self, seed: int, r: int, earlier_P: Tensor | None = None) -> Tensor:
         """Where a user of rank `r` starts, in this layout: a fresh adapter, or an earlier one in its scaling.
 

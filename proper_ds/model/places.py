@@ -45,12 +45,17 @@ class Places:
 
 
 def find_top(backbone: nn.Module) -> list[nn.Module]:
-    """Modules that work token by token after the last attention; empty where the model's parts have other names."""
+    """Modules that work token by token after the last attention, where the base has them under the usual names.
+
+    Only plain gated feed-forward layers: mixtures of experts may answer with more than one tensor.
+    """
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return []
     attention, feed_forward = getattr(layers[-1], "self_attn", None), getattr(layers[-1], "mlp", None)
-    found = [getattr(attention, "o_proj", None), feed_forward]
+    found = [getattr(attention, "o_proj", None)]
+    if isinstance(getattr(feed_forward, "down_proj", None), nn.Module) and not hasattr(feed_forward, "experts"):
+        found.append(feed_forward)
     return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -58,8 +63,9 @@ def at_places(module: nn.Module, rows: Rows) -> None:
     """Make a module run only where the rows say, if they say so."""
     inner: Callable[..., Any] = module.forward
 
-    def forward(x_RTD: Tensor) -> Tensor:
-        found: Tensor = inner(x_RTD) if rows.places is None else rows.places.run(inner, x_RTD)
-        return found
+    def forward(x_RTD: Tensor, *more: Any, **given: Any) -> Any:
+        if rows.places is None or more or given:
+            return inner(x_RTD, *more, **given)
+        return rows.places.run(inner, x_RTD)
 
     module.forward = forward

@@ -22,7 +22,7 @@ from proper_ds.data.prompts import PromptEncoder, history_prompt
 from proper_ds.distributed.ds_config import read_ds_file, zero_stage
 from proper_ds.errors import AdapterError, ConfigError, Problem
 from proper_ds.evaluation.methods import needs_of
-from proper_ds.model.base import find_targets, load_tokenizer
+from proper_ds.model.base import attention_window, find_targets, load_tokenizer
 from proper_ds.model.lora import LoraLayout
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.roster import keep_roster, known_before
@@ -102,6 +102,12 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
             find_targets(lm, lora.target_modules, lora.layers)
         except AdapterError as error:
             problems.append(Problem(f"{name}.lora", str(error), "Use some of these."))
+    window = attention_window(lm.config)
+    shares = config.user.share_prefix and bool(needs_of(config.evaluation.methods).adapter_sets)
+    if shares and window is not None and config.base.max_length > window:
+        wrong = f"cannot be kept: the base's attention looks back {window} tokens, base.max_length is"
+        mend = f"Set `user.share_prefix: false`, or base.max_length to at most {window}."
+        problems.append(Problem("user.share_prefix", f"{wrong} {config.base.max_length}", mend))
     if problems:
         raise ConfigError(f"base {config.base.model or 'created here'}", problems)
     return lm

@@ -99,7 +99,8 @@ class UserConfig(OptimSettings):
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """By how much an epoch's loss must fall to count."""
     share_prefix: bool = True
-    """Run the tokens that all items of a user begin with once a step; exact, and off for bases that lack 4-D masks."""
+    """Run the tokens that all items of a user begin with once a step, which changes nothing (but with `lora_dropout`:
+    they have one mask then). Off for bases that take no 4-D masks, or whose window is shorter than an item."""
     cache_bytes: int = Field(default=1 << 30, ge=0)
     """With `lora.layers`: memory for the states of the layers below, which are run once a user; 0 runs them always."""
     num_slots: Annotated[int, Field(ge=1)] | Literal["auto"] = 64

@@ -22,6 +22,8 @@ Tensor = torch.Tensor
 
 PAD, PREFIX, FIRST_ITEM = 0, 1, 2
 """What a token of a row is part of; the row's items count up from FIRST_ITEM."""
+_PADDING_PART = 40
+"""A micro-batch is closed before its padding exceeds this part of the budget: one more costs about as much."""
 _LEAST_WIDTH = 128
 LEAST_SAVING = 0.1
 """Share of a step's tokens that sharing must save: attention over a longer row is not free."""
@@ -78,6 +80,7 @@ def rows_of_step(
     num_tokens: int,
     hidden_size: int,
     is_sparse: bool = False,
+    least_saving: float = LEAST_SAVING,
 ) -> Iterator[Row]:
     """The rows of one user's step.
 
@@ -87,6 +90,7 @@ def rows_of_step(
         hidden_size: of the base; see `widest_row`.
         is_sparse: few users are at work: put items without a common beginning into one row, too, as there are not
             enough of similar length to fill a batch.
+        least_saving: share of the step's tokens that sharing must save.
     """
     by_task: dict[int, list[Example]] = {}
     for example in examples:
@@ -94,7 +98,7 @@ def rows_of_step(
     for task, items in by_task.items():
         num_prefix = prefix_of_task.get(task, 0)
         saved = num_prefix * (len(items) - 1)
-        if saved < LEAST_SAVING * sum(len(e.ids) for e in items):
+        if not num_prefix or saved < least_saving * sum(len(e.ids) for e in items):
             num_prefix = 0
             if not is_sparse:
                 yield from (Row(slot, 0, (example,)) for example in items)
@@ -124,7 +128,7 @@ def micro_batches(
         kinds.setdefault((row.is_plain, is_kept(row)), []).append(row)
     found = []
     for _, kind in sorted(kinds.items()):
-        for part in length_batches([row.num_tokens for row in kind], num_tokens):
+        for part in length_batches([row.num_tokens for row in kind], num_tokens, num_tokens // _PADDING_PART):
             found.append([kind[i] for i in part])
     return found
 

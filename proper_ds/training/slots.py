@@ -74,11 +74,13 @@ class Sitter:
     Attributes:
         losses: mean loss per target token in each step that has been read back from the device.
         num_steps: optimizer steps to make in all.
+        r: rank of the user's LoRA.
     """
 
     def __init__(self, task: UserTask, settings: UserConfig, seed: int) -> None:
         self.task = task
         self.seed = seed_of(seed, "user", task.key)
+        self.r = settings.rank_of(len(task.examples))
         self.num_steps = num_user_steps(len(task.examples), settings)
         self.step = 0
         self.losses: list[float] = []
@@ -103,8 +105,9 @@ class Sitter:
         return list(rows_of_step(slot, self._examples, self._prefix_of_task, num_tokens, hidden_size, is_sparse))
 
     def all_rows(self, slot: int, num_tokens: int, hidden_size: int) -> list[Row]:
-        """Rows of the whole history."""
-        return list(rows_of_step(slot, self.task.examples, self._prefix_of_task, num_tokens, hidden_size))
+        """Rows of the whole history; whatever a step may share is shared."""
+        prefixes = self._prefix_of_task
+        return list(rows_of_step(slot, self.task.examples, prefixes, num_tokens, hidden_size, least_saving=0.0))
 
     def dropout_keys(self, row: Row) -> list[int]:
         """Keys of the row's prefix and items: the same whatever else is in the batch."""
@@ -147,11 +150,12 @@ class SlotPool:
     def seat(self, number: int, task: UserTask) -> None:
         """Give a slot to a user: its first adapter, fresh moments."""
         sitter = Sitter(task, self.settings, self.seed)
-        r = self.settings.rank_of(len(task.examples))
+        if task.initial_row_P is not None:  # a shorter history is no reason to cut off what was learned
+            sitter.r = max(sitter.r, self.layout.used_rank(task.initial_row_P))
         weights_SP = self.buffers.weights_SP
-        row_P = self.layout.first_row(sitter.seed, r, task.initial_row_P)
+        row_P = self.layout.first_row(sitter.seed, sitter.r, task.initial_row_P)
         weights_SP[number] = row_P.to(weights_SP.device, weights_SP.dtype)
-        self.buffers.scaling_S[number] = self.layout.lora_alpha / r
+        self.buffers.scaling_S[number] = self.layout.lora_alpha / sitter.r
         self.optimizer.reset(number)
         self.sitting[number] = sitter
         self._keep_lower(number, sitter)
@@ -159,14 +163,13 @@ class SlotPool:
     def tick(self) -> None:
         """One optimizer step of every user; losses stay on the device until `read`."""
         budget = self.settings.num_tokens_per_batch
-        is_sparse = sum([sitter.begin_step() for sitter in self.sitting.values()]) <= budget
+        num_tokens = sum([sitter.begin_step() for sitter in self.sitting.values()])
+        is_sparse = self.settings.share_prefix and num_tokens <= budget
         rows = [r for n, s in self.sitting.items() for r in s.rows(n, budget, self._hidden_size, is_sparse)]
         self.num_real = self.num_padded = 0
         loss_S = torch.zeros(self.buffers.num_slots, dtype=torch.float64, device=self.model.device)
-        weight_S = torch.zeros_like(loss_S)
-        numbers = list(self.sitting)
-        weights = [1 / s.num_targets for s in self.sitting.values()]
-        weight_S[numbers] = torch.tensor(weights, dtype=torch.float64).to(loss_S.device, non_blocking=True)
+        weights = [1 / self.sitting[n].num_targets if n in self.sitting else 0.0 for n in range(len(loss_S))]
+        weight_S = torch.tensor(weights, dtype=torch.float64).to(loss_S.device, non_blocking=True)
         for part in micro_batches(rows, budget, self._is_kept):
             self._accumulate(part, weight_S, loss_S)
         self.optimizer.step({n: learning_rate(self.settings, s.step, s.num_steps) for n, s in self.sitting.items()})
@@ -189,7 +192,7 @@ class SlotPool:
         if self._lower is not None:
             self._lower.drop(number)
         row_P = self.buffers.weights_SP[number].detach().cpu()
-        return sitter, self.layout.narrowed(row_P, self.settings.rank_of(len(sitter.task.examples)))
+        return sitter, self.layout.narrowed(row_P, sitter.r)
 
     def _accumulate(self, rows: list[Row], weight_S: Tensor, loss_S: Tensor) -> None:
         """Add the gradients of some rows to their slots; each user's loss is a mean over its own step's targets."""
@@ -241,7 +244,8 @@ class SlotPool:
         if vectors:
             assert len(vectors) == len(rows), "either every user has a vector or none"
             found.user_RU = torch.stack(vectors).to(device)
-        found.table_R = torch.tensor([s.task.table_line for s in sitters], device=device)
+        lines_R = torch.tensor([s.task.table_line for s in sitters])
+        found.table_R = lines_R.to(device, non_blocking=True)
         if self.model.has_dropout:
             keys = [sitter.dropout_keys(row) for sitter, row in zip(sitters, rows, strict=True)]
             found.key_R = _keys(packed, keys).to(device)

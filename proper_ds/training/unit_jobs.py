@@ -13,7 +13,7 @@ import torch
 from proper_ds.data.tokens import HISTORY, Example
 from proper_ds.errors import StoreError
 from proper_ds.model.adapted import PersonalModel
-from proper_ds.model.base import find_targets
+from proper_ds.model.base import check_masks, find_targets
 from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.user_vectors import pooled
@@ -117,6 +117,8 @@ class UsersJob:
         self._context = RunContext(config, device)
         lm = self._context.load_lm(with_population=True)
         lora = config.user.lora
+        if config.user.share_prefix:
+            check_masks(lm)
         names = sorted({*lora.target_modules, *config.group.lora.target_modules})
         self._layout = LoraLayout.of(find_targets(lm, lora.target_modules, lora.layers), lora)
         self._model = PersonalModel(lm, find_targets(lm, names))

@@ -25,8 +25,8 @@ READ_TICKS = 8
 """Losses are read back after so many ticks, so that the device seldom waits for the host."""
 CPU_SLOTS, GPU_SLOTS = 64, 1024
 SLOT_MEMORY_SHARE = 0.25
-SLOT_BYTES = 16
-"""Weight, gradient and two moments of one number, in fp32."""
+SLOT_BYTES = 24
+"""Weight, gradient, two moments and the update's two temporaries of one number, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def train_users(
         else:
             results[task.key] = UserResult(task.key, None, "no history")
     queue.sort(key=lambda task: (num_user_steps(len(task.examples), settings), task.key))
-    num_slots = _num_slots(settings, model.device, layout.num_parameters)
+    num_slots = _num_slots(settings, model, layout.num_parameters)
     pool = SlotPool(model, layout, settings, seed, max(1, min(num_slots, len(queue))))
     try:
         with fused_norms(model.lm):
@@ -145,13 +145,14 @@ def _work_through(
         free.sort(reverse=True)  # the lowest first: the optimizer passes over blocks of slots without users
 
 
-def _num_slots(settings: UserConfig, device: torch.device, num_parameters: int) -> int:
-    """As configured; `auto` goes by the device's whole memory, so that equal devices agree on it."""
+def _num_slots(settings: UserConfig, model: PersonalModel, num_parameters: int) -> int:
+    """As configured; `auto` goes by the device's whole memory less the base, so that equal devices agree on it."""
     if settings.num_slots != "auto":
         return settings.num_slots
-    if device.type != "cuda":
+    if model.device.type != "cuda":
         return CPU_SLOTS
-    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    base_bytes = sum(p.numel() * p.element_size() for p in model.lm.parameters())
+    memory_bytes = torch.cuda.get_device_properties(model.device).total_memory - base_bytes
     return max(1, min(GPU_SLOTS, int(memory_bytes * SLOT_MEMORY_SHARE) // (num_parameters * SLOT_BYTES)))
 
 
@@ -176,7 +177,7 @@ def _result(pool: SlotPool, number: int, reason: str) -> UserResult:
     sitter, row_P = pool.take(number)
     if not reason and not bool(row_P.isfinite().all()):
         reason = "weights are not finite"
-    own = pool.layout.with_rank(pool.settings.rank_of(len(sitter.task.examples)))
+    own = pool.layout.with_rank(sitter.r)
     if not reason and not own.has_effect(row_P):
         reason = f"the adapter has no effect after {sitter.step} steps (learning rate 0: warm-up, or too few steps)"
     return UserResult(sitter.task.key, None if reason else row_P, reason, sitter.losses, len(sitter.task.examples))

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -71,7 +72,7 @@ class Host:
 
     def start_ray(self, head: Host, log: Path, num_cpus: int = 1, **env: str) -> None:
         """`ray start`, as the head or joining it."""
-        ray = Path(shutil.which("ray") or "ray")
+        ray = Path(sys.executable).with_name("ray")
         command = [ray, "start", f"--node-ip-address={self.address}", f"--num-cpus={num_cpus}", "--num-gpus=0"]
         if self is head:
             command += ["--head", f"--port={RAY_PORT}", f"--temp-dir={self.ray_folder}", "--include-dashboard=false"]

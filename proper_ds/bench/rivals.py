@@ -156,7 +156,16 @@ def trainer(
         if as_oppu:
             wrapped.save_pretrained(scratch / task.key, save_embedding_layers=False)
         wrapped.unload()
+        _restore(lm)
     return losses
+
+
+def _restore(lm: Any) -> None:
+    """Undo what PEFT and the Trainer leave behind on the base, or the next variant would pay for it."""
+    lm.gradient_checkpointing_disable()
+    lm.get_input_embeddings()._forward_hooks.clear()
+    lm.requires_grad_(False)
+    lm.eval()
 
 
 def ceiling(

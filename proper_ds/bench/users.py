@@ -29,7 +29,8 @@ from proper_ds.training.slots import UserTask
 from proper_ds.training.users import Counters, train_users
 
 SEED = 7
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE, BF16_TOLERANCE = 1e-4, 0.1
+"""Speeds of trainings that differ by more mean nothing: for variants of one type, and with a bf16 base beside fp32."""
 PARETO_USERS, PARETO_SHAPE, PARETO_MOST = 2000, 0.9, 1000
 Losses = list[list[float]]
 
@@ -127,11 +128,11 @@ def bench_users(preset_name: str, batch_size: int, num_repeats: int, json_path: 
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(PRESETS[preset_name], batch_size, Path(folder))
         variants = bench.variants()
-        losses: dict[str, Losses] = {}
+        losses: dict[str, list[Losses]] = {}
 
         def on_done(name: str, number: int, seconds: float, result: Losses | None) -> None:
             if result is not None:
-                losses[name] = result
+                losses.setdefault(name, []).append(result)
             rate = variants[name][0] / seconds
             get_logger().info("repetition %d of %d, %s: %.3g users/s", number + 1, num_repeats, name, rate)
 
@@ -144,7 +145,7 @@ def bench_users(preset_name: str, batch_size: int, num_repeats: int, json_path: 
 
 
 def _result(
-    bench: _Bench, preset_name: str, batch_size: int, rates: dict[str, Measured], losses: dict[str, Losses]
+    bench: _Bench, preset_name: str, batch_size: int, rates: dict[str, Measured], losses: dict[str, list[Losses]]
 ) -> dict[str, Any]:
     differences = _differences(losses)
     halved = {name: value for name, value in differences.items() if name.endswith("bf16")}
@@ -166,10 +167,11 @@ def _result(
         "tokens_per_s": {name: rate.median * tokens_per_user for name, rate in rates.items()},
         "ratio": _ratios(rates, "trainer"),
         "ratio_to_trainer_oppu": _ratios(rates, "trainer_oppu"),
+        "ratio_to_plain_loop": _ratios(rates, "plain_loop"),
         "fraction_of_ceiling": _ratios(rates, "ceiling"),
         "max_loss_difference": max(exact.values(), default=None),
         "max_loss_difference_bf16": max(halved.values(), default=None),
-        "slot_occupancy": counters.waiting.occupancy,
+        "slot_occupancy": (counters.waiting if counters.waiting.num_ticks else counters.whole).occupancy,
         "slot_occupancy_with_tail": counters.whole.occupancy,
         "padding": counters.whole.padding,
         "padding_by_variant": {name: own.whole.padding for name, own in bench.counters.items()},
@@ -187,14 +189,15 @@ def _ratios(rates: dict[str, Measured], rival: str) -> dict[str, float]:
     return {name: Measured(tuple(mine / theirs for mine, theirs in both)).median for name, both in pairs.items()}
 
 
-def _differences(losses: dict[str, Losses]) -> dict[str, float]:
-    """Largest difference of any user's loss in any step from that of the plain loop."""
-    reference = losses["plain_loop"]
-    found = {}
-    for name, own in losses.items():
-        if name != "plain_loop":
+def _differences(losses: dict[str, list[Losses]]) -> dict[str, float]:
+    """Largest difference, in any repetition, of any user's loss in any step from that of the plain loop's first."""
+    reference = losses["plain_loop"][0]
+    found: dict[str, float] = {}
+    for name, repetitions in losses.items():
+        for own in repetitions:
             pairs = zip(own, reference, strict=False)  # ours trained more users than the rivals
-            found[name] = max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
+            largest = max(abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True))
+            found[name] = max(found.get(name, 0.0), largest)
     return found
 
 
@@ -210,11 +213,13 @@ def _tell(result: dict[str, Any]) -> None:
                 f"{result['tokens_per_s'][name]:,.0f}",
                 f"{result['ratio'][name]:.2f}",
                 f"{result['ratio_to_trainer_oppu'][name]:.2f}",
+                f"{result['ratio_to_plain_loop'][name]:.2f}",
                 f"{result['fraction_of_ceiling'][name]:.2f}",
                 f"{share:.0%}" if share is not None else "",
             ]
         )
-    columns = ["variant", "users/s", "spread", "tokens/s", "x trainer", "x trainer_oppu", "of ceiling", "matrix rate"]
+    columns = ["variant", "users/s", "spread", "tokens/s", "x trainer", "x trainer_oppu", "x plain loop", "of ceiling"]
+    columns.append("matrix rate")
     about = (
         f"bench users, {result['preset']} ({result['num_parameters'] / 1e6:.1f} M parameters), batch size"
         f" {result['batch_size']}; medians"
@@ -225,12 +230,24 @@ def _tell(result: dict[str, Any]) -> None:
         + ", ".join(
             f"{text} {value:.1e}" for text, value in (("same type", exact), ("bf16 base", halved)) if value is not None
         ),
-        f"slot occupancy {result['slot_occupancy']:.3f} while users wait ({result['slot_occupancy_with_tail']:.3f} with"
-        f" the tail), padding {result['padding']:.1%}"
-        + (f"; {result['pareto_users']} users of 1 to 1,000 items, 64 slots" if result["pareto_users"] else ""),
+        _about_slots(result),
         "tokens/s count every item's tokens, a shared prefix as often as it occurs; the matrix rate is that of"
         " torch.mm in the same run, and needed operations are 4 a parameter and computed token",
     ]
     tell(about, columns, rows, notes, result)
-    if exact is not None and exact > LOSS_TOLERANCE and result["machine"]["gpu"] is None:
-        raise UserError(f"the variants do not train the same: losses differ by {exact:.1e}; the speeds mean nothing")
+    on_gpu = result["machine"]["gpu"] is not None  # where all variants have a bf16 base
+    for found, most in ((exact, BF16_TOLERANCE if on_gpu else LOSS_TOLERANCE), (halved, BF16_TOLERANCE)):
+        if found is not None and not found <= most:
+            raise UserError(
+                f"the variants do not train the same: losses differ by {found:.1e}; their speeds mean nothing"
+            )
+
+
+def _about_slots(result: dict[str, Any]) -> str:
+    about = f"padding {result['padding']:.1%}, slot occupancy {result['slot_occupancy']:.3f}"
+    if not result["pareto_users"]:
+        return about
+    return (
+        f"{about} while users wait ({result['slot_occupancy_with_tail']:.3f} with the tail);"
+        f" {result['pareto_users']} users of 1 to 1,000 items in 64 slots"
+    )

@@ -52,3 +52,14 @@ def test_more_users_leave_the_first_ones_as_they_are(tiny):
 def test_unknown_presets_are_refused():
     with pytest.raises(UserError, match="legal are small, medium, large, 1b"):
         users.bench_users("tiny", 4, 1, None)
+
+
+def test_a_rival_leaves_the_base_as_it_was(tiny, tmp_path):
+    bench = users._Bench(tiny, 2, tmp_path)
+    calls = bench.variants()
+    calls["trainer_oppu"][1]()
+    assert not bench.lm.training
+    assert not any(module.training for module in bench.lm.modules())
+    assert not bench.lm.is_gradient_checkpointing
+    assert not bench.lm.get_input_embeddings()._forward_hooks
+    assert not any(hasattr(module, "lora_A") for module in bench.lm.modules())

@@ -240,3 +240,40 @@ def test_peft_reads_the_layers(tmp_path):
         n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in wrapped.named_parameters() if "lora_A" in n
     }
     assert adapted == {module.name for module in layout.modules}
+
+
+def test_short_items_beside_a_long_one_with_kept_states():
+    """Steps share what is not worth sharing over the whole history."""
+    generator = np.random.default_rng(3)
+    head = generator.integers(3, UNUSED_TOKEN, 6)
+    examples = []
+    for position, own in enumerate([4, 4, 4, 104, 104, 104]):
+        ids = np.concatenate([head, generator.integers(3, UNUSED_TOKEN, own)]).astype(np.int64)
+        examples.append(Example(0, HISTORY, 0, position, len(ids) - 2, ids))
+    tasks = [UserTask("ann", examples)]
+    settings = settings_for(ATTENTION, lora={"layers": [1]}, per_device_train_batch_size=2, num_train_epochs=4)
+    layout, results = together(settings, tasks)
+    check_alone(settings, tasks, layout, results)
+
+
+def test_without_sharing_no_row_needs_a_mask(monkeypatch):
+    from proper_ds.training import rows
+
+    monkeypatch.setattr(rows.Packed, "mask", lambda packed, dtype: None)
+    masked = []
+    before = rows.pack
+    monkeypatch.setattr(
+        "proper_ds.training.slots.pack",
+        lambda *given: masked.append((made := before(*given)).part_RT is not None) or made,
+    )
+    together(settings_for(share_prefix=False), tasks_for([8, 1]))
+    assert masked
+    assert not any(masked)
+
+
+def test_an_update_with_less_history_keeps_the_rank_it_learned():
+    settings = settings_for(rank_by_history={1: 2, 6: 4})
+    layout, first = together(settings, tasks_for([6]))
+    task = tasks_for([3])[0]
+    _, second = together(settings, [UserTask(task.key, task.examples, initial_row_P=first[0].row_P)])
+    assert second[0].row_P.numel() == layout.num_parameters

@@ -1,5 +1,6 @@
 # make quickstart   installs into .venv, then generates a population and runs all stages on it (2 cores, 6 minutes)
 # make test         installs into .venv, then lint, types and tests
+# make test-hosts   three hosts out of network namespaces: one killed, one cut off, the driver killed (root, 5 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ NUM_GROUPS ?= 4
 OUT ?= runs/quickstart
 SET ?=
 
-.PHONY: quickstart test install install-dev lint types
+.PHONY: quickstart test test-hosts install install-dev lint types
 
 install: .venv/installed
 install-dev: .venv/installed-dev
@@ -46,4 +47,7 @@ types: install-dev
 	$(BIN)/mypy
 
 test: lint types
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore=tests/fleet/test_hosts.py
+
+test-hosts: install-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/fleet/test_hosts.py

@@ -58,9 +58,11 @@ class UnitWorker:
         self._job: Job | None = None
 
     @ray.method(concurrency_group=WATCH)
-    def whereabouts(self) -> tuple[str, bool]:
-        """A sign of life: (id of the node it runs on, whether Ray was started there with KEEPALIVE)."""
-        return ray.get_runtime_context().get_node_id(), all(name in os.environ for name in KEEPALIVE)
+    def whereabouts(self) -> tuple[str, str, bool]:
+        """A sign of life: (its node's id, its GPUs' ids or "", whether Ray was started there with KEEPALIVE)."""
+        here = ray.get_runtime_context()
+        gpus = ",".join(here.get_accelerator_ids().get("GPU", []))
+        return here.get_node_id(), gpus, all(name in os.environ for name in KEEPALIVE)
 
     def run(self, unit: Unit) -> dict[str, Any]:
         """The job's report. The job is built with the first unit, so that its errors arrive as a unit's."""

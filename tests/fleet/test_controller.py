@@ -18,8 +18,11 @@ class FakePool:
     """Workers that finish, fail or die as `behave(worker, unit)` says; `between` may change them every turn.
 
     Like the real pool it ends a worker that raised anything but an error of ours. `nodes` are the hosts of the first
-    workers; one that takes the place of another runs on the same. A turn in which nothing happens takes a second.
+    workers; one that takes the place of another runs on the same. A turn takes `turn_s`, one in which nothing happens
+    a second.
     """
+
+    turn_s = 0.0
 
     def __init__(self, num_workers, behave, between=lambda pool: [], nodes=()):
         self._behave, self._between = behave, between
@@ -64,7 +67,7 @@ class FakePool:
                 if not isinstance(what, ProperError):
                     self.lose(worker)
                     self.start(self.nodes[worker])
-        self.now_s += not events
+        self.now_s += self.turn_s if events else 1.0
         return events
 
     def turn(self):
@@ -174,40 +177,47 @@ def test_a_unit_that_failed_once_is_alone_at_its_worker_when_tried_again():
     assert alone == [False, True, True]
 
 
+class UnevenPool(FakePool):
+    """Where everything that runs on a node called "bad" fails in one turn; the others take `slowness` turns a unit.
+
+    With `is_one_host` those nodes are devices of one host.
+    """
+
+    turn_s = 1.0  # so that retries are due while there is other work
+
+    def __init__(self, nodes, what, slowness, is_one_host):
+        super().__init__(len(nodes), lambda worker, unit: what if self.nodes[worker] == "bad" else None, nodes=nodes)
+        self._slowness, self._is_one_host, self._num_turns = slowness, is_one_host, 0
+
+    def place_of(self, worker):
+        place = super().place_of(worker)
+        return Place("host", place.node, place.log) if self._is_one_host else place
+
+    def turn(self):
+        self._num_turns += 1
+        busy = [worker for worker, queue in self.queues.items() if queue]
+        bad = [worker for worker in busy if self.nodes[worker] == "bad"]
+        return bad + ([worker for worker in busy if worker not in bad] if self._num_turns % self._slowness == 0 else [])
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from(["a", "b", "bad"]), min_size=1, max_size=6),
     st.integers(1, 40),
     st.sampled_from(["dies", RuntimeError("CUDA error"), FleetError("disk full")]),
     st.integers(1, 5),
+    st.booleans(),
 )
-def test_a_host_on_which_everything_fails_at_once_costs_no_unit(nodes, count, what, slowness):
-    """The bad host is always done first; the others take several turns for a unit. One retry is enough."""
-
-    class Uneven(FakePool):
-        num_turns = 0
-
-        def turn(self):
-            busy = [worker for worker, queue in self.queues.items() if queue]
-            bad = [worker for worker in busy if self.nodes[worker] == "bad"]
-            self.num_turns += not bad
-            return bad or (busy[:1] if self.num_turns % slowness == 0 else [])
-
-    pool = Uneven(1 + len(nodes), lambda w, unit: what if pool.nodes[w] == "bad" else None, nodes=[*nodes, "good"])
+def test_where_everything_fails_at_once_costs_no_unit(nodes, count, what, slowness, is_one_host):
+    """A bad host, or a bad device of one host, whatever worker runs there: one retry of each unit is enough."""
+    pool = UnevenPool([*nodes, "good"], what, slowness, is_one_host)
     assert sorted(run(pool, count, max_retries=1)) == list(range(count))
     assert pool.most <= UNITS_PER_WORKER
 
 
-def test_one_bad_worker_on_a_host_of_good_ones_costs_no_unit():
-    """Its device stays bad with the next worker there; the host is the same for all, so devices are told apart."""
-
-    class OneHost(FakePool):
-        def place_of(self, worker):
-            return Place("host", self.nodes[worker], "actor.log")
-
-    gpus = ["bad GPU", "GPU 1", "GPU 2", "GPU 3"]
-    pool = OneHost(4, lambda w, unit: RuntimeError("no") if pool.nodes[w] == "bad GPU" else None, nodes=gpus)
-    assert sorted(run(pool, 200, max_retries=1)) == list(range(200))
+def test_one_bad_worker_among_three_good_ones_costs_none_of_a_thousand_units():
+    pool = UnevenPool(["bad", "a", "b", "c"], RuntimeError("CUDA error"), 3, is_one_host=False)
+    assert sorted(run(pool, 1000, 3, 10, {})) == list(range(1000))
 
 
 def test_a_unit_waits_longer_after_each_failure_and_keeps_no_other_waiting():
@@ -225,6 +235,21 @@ def test_a_unit_waits_longer_after_each_failure_and_keeps_no_other_waiting():
     assert sorted(run(pool, 10, max_retries=3)) == list(range(10))
     assert [later - sooner for sooner, later in itertools.pairwise(tried_s)] == [1, 2, 4]
     assert set(done_at_first_retry) == set(range(10))
+
+
+def test_a_unit_that_is_due_again_gets_the_next_free_worker_of_a_busy_fleet():
+    tries = []
+
+    def behave(worker, unit):
+        if unit.first == 0:
+            tries.append(len(pool.submitted))
+            return RuntimeError("away") if len(tries) == 1 else None
+        return None
+
+    pool = FakePool(3, behave)
+    pool.turn_s = 1.0
+    assert sorted(run(pool, 60)) == list(range(60))
+    assert tries[1] < 20, "it waited for all the others"
 
 
 def test_what_was_queued_at_a_worker_that_an_error_ended_is_not_blamed():

@@ -66,6 +66,11 @@ class _Slot:
     num_ended: int = 0
     due_s: float = 0.0
 
+    def end(self, now_s: float, most_s: float) -> None:
+        """Note that its actor has ended: the next may start after a look's time, doubled with each, up to `most_s`."""
+        self.num_ended += 1
+        self.due_s = now_s + min(most_s, WATCH_S * 2 ** min(self.num_ended - 1, 10))
+
 
 class RayPool:
     """See Pool. Numbers count the actors ever started."""
@@ -202,10 +207,7 @@ class RayPool:
         actor = self._actors.pop(number)
         self._running = {ref: held for ref, held in self._running.items() if held[0] != number}
         ray.kill(actor.handle)  # it may only be out of reach, and would keep its place
-        slot = self._slots[actor.slot]
-        slot.num_ended += 1
-        most_s = min(MOST_PAUSE_S, self._config.fleet.start_timeout_s / 4)
-        slot.due_s = time.monotonic() + min(most_s, WATCH_S * 2 ** min(slot.num_ended - 1, 10))
+        self._slots[actor.slot].end(time.monotonic(), min(MOST_PAUSE_S, self._config.fleet.start_timeout_s / 4))
         return Lost(number, why)
 
     def _resize(self, num_wanted: int) -> None:

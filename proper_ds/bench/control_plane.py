@@ -140,6 +140,7 @@ class _FirstDispatch:
         self._pool, self._begun_s = pool, begun_s
         self.dispatched_s = 0.0
         self.wait: Callable[[], Any] = pool.wait
+        self.place_of = pool.place_of
 
     @property
     def workers(self) -> list[int]:

@@ -24,7 +24,7 @@ from proper_ds.bench.workloads import PRESETS, Preset, random_llama, random_user
 from proper_ds.config import RunConfig
 from proper_ds.fleet.cluster import ray_cluster
 from proper_ds.fleet.config import FleetConfig
-from proper_ds.fleet.controller import Controller, Event
+from proper_ds.fleet.controller import Controller, Event, Place
 from proper_ds.fleet.plan import Unit
 from proper_ds.fleet.policy import FailurePolicy
 from proper_ds.fleet.pool import RayPool, ray_pool
@@ -120,6 +120,10 @@ class _SomeWorkers:
 
     pool: RayPool
     workers: list[int]
+
+    def place_of(self, worker: int) -> Place:
+        """See Pool."""
+        return self.pool.place_of(worker)
 
     def submit(self, worker: int, unit: Unit) -> None:
         """See Pool."""

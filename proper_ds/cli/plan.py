@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from proper_ds.errors import UserError
 
 
 def plan(
@@ -30,6 +33,14 @@ def plan(
     """What training a fleet of users will take, and what each figure rests on."""
     from proper_ds.bench.capacity import Demand, estimate, read_measured
 
+    _check_finite(
+        users=users,
+        base_params=base_params,
+        items_per_user=items_per_user,
+        tokens_per_item=tokens_per_item,
+        prefix_tokens=prefix_tokens,
+        mfu=mfu,
+    )
     demand = Demand(
         num_users=int(users),
         base_params=base_params,
@@ -50,3 +61,9 @@ def plan(
     for line in lines:
         table.add_row(line.what, line.value, line.basis)
     Console().print(table)
+
+
+def _check_finite(**given: float | None) -> None:
+    for name, value in given.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value} is no amount; give a finite number, such as 1e6")

@@ -24,7 +24,8 @@ class FleetConfig(Section):
     num_tokens_per_unit: int = Field(default=200_000, ge=1)
     """Size of a work unit (a fixed set of users committed together), in tokens of one epoch."""
     max_retries: int = Field(default=3, ge=0)
-    """How often a unit that failed, or was lost with its actor, is tried again."""
+    """How often a unit that failed, or was lost with its actor, is tried again: after 1, 2, 4 s and so on, and not on a
+    host or GPU where it failed while there are others."""
     max_quarantined_share: float = Field(default=0.01, ge=0, le=1)
     """Share of the users that may be given up, and served by their groups, because their unit failed more often than
     that; beyond it the run stops. It counts from the start of the command."""

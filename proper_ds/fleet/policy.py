@@ -19,6 +19,9 @@ class Decision(Enum):
     STOP = "stop"
 
 
+MOST_PAUSE_S = 60.0
+
+
 @dataclass(frozen=True)
 class Failure:
     """A unit that did not finish.
@@ -57,6 +60,11 @@ class FailurePolicy:
             return Decision.RETRY
         fits = 0 < self.max_quarantined >= failure.num_quarantined + failure.num_users
         return Decision.QUARANTINE if fits else Decision.STOP
+
+    @staticmethod
+    def pause_s(num_attempts: int) -> float:
+        """Seconds until a unit that failed so often is tried again: 1, 2, 4 and so on, for what mends itself."""
+        return min(MOST_PAUSE_S, 2.0 ** min(num_attempts - 1, 10))
 
     def about_limit(self, num_quarantined: int) -> str:
         """What a message of the stop adds."""

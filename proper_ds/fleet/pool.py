@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from proper_ds.errors import FleetError
+from proper_ds.errors import FleetError, ProperError
 from proper_ds.fleet.cluster import Cluster
-from proper_ds.fleet.controller import Done, Event, Failed, Lost
+from proper_ds.fleet.controller import Done, Event, Failed, Lost, Place
 from proper_ds.fleet.plan import Unit
 from proper_ds.fleet.worker import KEEPALIVE, WATCH, UnitWorker
 from proper_ds.observe.log import get_logger
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 WAIT_S = 1.0
 WATCH_S = 2.5
 """Seconds between two looks at the nodes and the signs of life."""
+MOST_PAUSE_S = 60.0
 
 
 @dataclass
@@ -37,16 +38,38 @@ class _Actor:
     """One actor.
 
     Attributes:
+        slot: which of the wanted actors it is; its log is called after it, as those of the ones before it were.
         node: the node it runs on; empty until it has given its first sign of life.
+        gpus: which of the node's GPUs are its own.
         sign: the sign of life that is awaited, if any.
         num_missed: looks in a row at which that one had not come. Counting looks rather than seconds spares the
             actors where it was the driver that stood still.
     """
 
+    slot: int
     handle: Any
     sign: ray.ObjectRef | None
     node: str = ""
+    gpus: str = ""
     num_missed: int = 0
+
+
+@dataclass
+class _Slot:
+    """A place for one actor after the other.
+
+    Attributes:
+        num_ended: actors in a row that could not start, were lost or were ended, with no unit done in between.
+        due_s: when the next one may start.
+    """
+
+    num_ended: int = 0
+    due_s: float = 0.0
+
+    def end(self, now_s: float, most_s: float) -> None:
+        """Note that its actor has ended: the next may start after a look's time, doubled with each, up to `most_s`."""
+        self.num_ended += 1
+        self.due_s = now_s + min(most_s, WATCH_S * 2 ** min(self.num_ended - 1, 10))
 
 
 class RayPool:
@@ -58,6 +81,7 @@ class RayPool:
         self._cluster = cluster
         self._num_started = self._num_failed_starts = 0
         self._actors: dict[int, _Actor] = {}
+        self._slots: dict[int, _Slot] = {}
         self._running: dict[ray.ObjectRef, tuple[int, Unit]] = {}
         self._next_look_s = self._last_ready_s = time.monotonic()
         self._failed_start, self._has_worked, self._warned_of = "", False, set[str]()
@@ -72,6 +96,15 @@ class RayPool:
     def workers(self) -> list[int]:
         """See Pool."""
         return [number for number, actor in self._actors.items() if actor.node]
+
+    def place_of(self, worker: int) -> Place:
+        """See Pool."""
+        actor = self._actors[worker]
+        device = f"{actor.node} GPU {actor.gpus}" if actor.gpus else f"{actor.node} actor {worker}"
+        return Place(actor.node, device, f"{self._who(actor.slot)}.log")
+
+    def _who(self, slot: int) -> str:
+        return f"{self._stage}-actor-{slot}"
 
     def submit(self, worker: int, unit: Unit) -> None:
         """See Pool."""
@@ -102,10 +135,15 @@ class RayPool:
             worker, unit = self._running[ref]
             try:
                 events.append(Done(worker, unit, ray.get(ref)))
+                self._slots[self._actors[worker].slot] = _Slot()
             except RayTaskError as error:
                 get_logger().error("%s %s: %s", self._stage, unit.name, error)
                 cause = error.cause  # the plain error: what Ray makes of it has a traceback for its message
-                events.append(Failed(worker, unit, cause if isinstance(cause, Exception) else error))
+                raised = cause if isinstance(cause, Exception) else error
+                is_ours = isinstance(raised, ProperError)
+                events.append(Failed(worker, unit, raised, ends_worker=not is_ours))
+                if not is_ours:  # after an error of CUDA, among others, the process computes nothing more
+                    self._lose(worker, "")
             except RayError as error:  # killed, its node lost, out of memory
                 events.append(self._lose(worker, _last_line(error)))
             self._running.pop(ref, None)
@@ -131,14 +169,14 @@ class RayPool:
         for ref in ready:
             actor = self._actors[asked[ref]]
             try:
-                node, has_keepalive = ray.get(ref)
+                node, gpus, has_keepalive = ray.get(ref)
             except RayError as error:
                 events += self._lose_or_give_up(asked[ref], error)
                 continue
             if not actor.node:
                 self._has_worked = True
                 self._warn_of_keepalive(node, has_keepalive)
-            actor.node, actor.sign, actor.num_missed = node, None, 0
+            actor.node, actor.gpus, actor.sign, actor.num_missed = node, gpus, None, 0
         if is_look:
             for ref in missing:
                 actor = self._actors[asked[ref]]
@@ -169,18 +207,25 @@ class RayPool:
         actor = self._actors.pop(number)
         self._running = {ref: held for ref, held in self._running.items() if held[0] != number}
         ray.kill(actor.handle)  # it may only be out of reach, and would keep its place
+        self._slots[actor.slot].end(time.monotonic(), min(MOST_PAUSE_S, self._config.fleet.start_timeout_s / 4))
         return Lost(number, why)
 
     def _resize(self, num_wanted: int) -> None:
-        """Start actors up to so many. Where there are more, those without room go; none is taken from its work."""
-        while len(self._actors) < num_wanted:
-            who = f"{self._stage} actor {self._num_started}"
-            handle = self._remote.remote(self._entry, self._config, self._options, who)
-            self._actors[self._num_started] = _Actor(handle, handle.whereabouts.remote())
+        """Start actors up to so many. Where there are more, those without room go; none is taken from its work.
+
+        One that could not start, or failed, is started again after a pause that doubles, whatever the others do.
+        """
+        taken = {actor.slot for actor in self._actors.values()}
+        free = [slot for slot in range(num_wanted) if slot not in taken][: max(0, num_wanted - len(self._actors))]
+        for slot in free:
+            if time.monotonic() < self._slots.setdefault(slot, _Slot()).due_s:
+                continue
+            handle = self._remote.remote(self._entry, self._config, self._options, self._who(slot))
+            self._actors[self._num_started] = _Actor(slot, handle, handle.whereabouts.remote())
             self._num_started += 1
         without_room = [number for number, actor in self._actors.items() if not actor.node]
         for number in without_room[: max(0, len(self._actors) - num_wanted)]:
-            self._lose(number, "")
+            ray.kill(self._actors.pop(number).handle)
 
     def _check_that_some_work(self) -> None:
         timeout_s = self._config.fleet.start_timeout_s

@@ -36,6 +36,18 @@ def resolve(entry: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _make_reproducible() -> None:
+    """Have CUDA compute the same bits from the same unit; before the first call of CUDA.
+
+    A unit may be trained twice, after a loss or because its worker was only out of reach, and both must be the same.
+    By default `index_add_` adds in any order, and cuBLAS may take another algorithm from call to call. What has no
+    deterministic kind only warns, so that no unit fails for it. One of these is the backward of memory-efficient
+    attention, which is deterministic only with `warn_only=False`.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 class UnitWorker:
     """Runs units of one job in one process."""
 
@@ -46,14 +58,18 @@ class UnitWorker:
         self._job: Job | None = None
 
     @ray.method(concurrency_group=WATCH)
-    def whereabouts(self) -> tuple[str, bool]:
-        """A sign of life: (id of the node it runs on, whether Ray was started there with KEEPALIVE)."""
-        return ray.get_runtime_context().get_node_id(), all(name in os.environ for name in KEEPALIVE)
+    def whereabouts(self) -> tuple[str, str, bool]:
+        """A sign of life: (its node's id, its GPUs' ids or "", whether Ray was started there with KEEPALIVE)."""
+        here = ray.get_runtime_context()
+        gpus = ",".join(here.get_accelerator_ids().get("GPU", []))
+        return here.get_node_id(), gpus, all(name in os.environ for name in KEEPALIVE)
 
     def run(self, unit: Unit) -> dict[str, Any]:
         """The job's report. The job is built with the first unit, so that its errors arrive as a unit's."""
         if self._job is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            if device.type == "cuda":
+                _make_reproducible()
             self._job = resolve(self._entry)(self._config, device, **self._options)
             get_logger().info("ready on %s", device)
         start_s = time.perf_counter()

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from proper_ds.bench.capacity import SHAPES, Demand, estimate, nearest_shape, read_measured
+from proper_ds.cli import app
 from proper_ds.errors import UserError
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import FEED_FORWARD, LoraSettings
@@ -147,3 +149,14 @@ def test_the_rate_of_bench_users_is_read(tmp_path):
     assert measured.flops == 3e14
     assert measured.device == "nvidia h200"
     assert "ours_prefix_bf16 of preset 1b" in measured.source
+
+
+NOT_FINITE = [(option, value) for option in ("--users", "--base-params", "--mfu") for value in ("nan", "inf")]
+
+
+@pytest.mark.parametrize(("option", "value"), [*NOT_FINITE, ("--items-per-user", "inf"), ("--tokens-per-item", "inf")])
+def test_amounts_that_are_not_finite_are_refused_on_the_command_line(option, value):
+    given = {"--users": "1e6", "--base-params": "8e9"} | {option: value}
+    result = CliRunner().invoke(app, ["plan", *(word for pair in given.items() for word in pair)])
+    assert isinstance(result.exception, UserError), result.output
+    assert f"{option} {value} is no amount" in str(result.exception)

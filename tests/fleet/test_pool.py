@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from proper_ds.config import RunConfig
@@ -11,9 +13,10 @@ from proper_ds.fleet.config import FleetConfig
 from proper_ds.fleet.controller import Controller
 from proper_ds.fleet.plan import Unit
 from proper_ds.fleet.policy import FailurePolicy
-from proper_ds.fleet.pool import ray_pool
+from proper_ds.fleet.pool import _Slot, ray_pool
 from tests.fleet.jobs import FREEZES_ONCE, KILLS
 
+LOG = "logs/test-actor-0.log"
 UNITS = [Unit(n, n + 1, 10, num_users=1) for n in range(10)]
 
 
@@ -48,6 +51,23 @@ def test_a_deadly_unit_is_given_up_and_a_worker_that_stands_still_is_replaced(cl
     assert FREEZES_ONCE in done
     assert set(given_up) == {KILLS}
     assert "failed 3 times" in given_up[KILLS]
+    assert (tmp_path / re.search(r"see (logs/\S+)$", given_up[KILLS])[1]).exists()
+
+
+def test_an_actor_whose_process_is_spoilt_is_replaced_and_only_what_failed_is_blamed(cluster, tmp_path):
+    done, given_up = work(cluster, tmp_path, "tests.fleet.jobs:SpoiltByItsFirst", UNITS, 1, num_actors=1, max_retries=0)
+    assert sorted(done) == list(range(1, 10))
+    assert given_up == {0: f"{UNITS[0].name} failed 1 times, the last time because of RuntimeError; see {LOG}"}
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == [LOG.removeprefix("logs/")], "not one for the slot"
+
+
+def test_actors_that_end_again_and_again_are_started_ever_later():
+    slot, due_s = _Slot(), []
+    for _ in range(2000):
+        slot.end(100.0, most_s=60.0)
+        due_s.append(slot.due_s - 100.0)
+    assert due_s[:6] == [2.5, 5, 10, 20, 40, 60]
+    assert due_s[-1] == 60
 
 
 def test_a_job_that_cannot_be_built_stops_the_run_with_its_reason(cluster, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from proper_ds.config import RunConfig
+from proper_ds.data.tokens import HISTORY
 from proper_ds.fleet.plan import Unit
 from proper_ds.model.lora import LoraLayout, ModuleShape
 from proper_ds.pipeline.quarantine import give_up_unit
@@ -22,7 +23,22 @@ PLAN = SetPlan(1, np.array([True, True, False, True, True]))
 
 @pytest.fixture
 def context(tmp_path):
-    return SimpleNamespace(config=RunConfig(output_dir=str(tmp_path)), folder=RunFolder(tmp_path), keys=list("abcde"))
+    """Five users; the third of them never had a history."""
+    return SimpleNamespace(
+        config=RunConfig(output_dir=str(tmp_path)),
+        folder=RunFolder(tmp_path),
+        keys=list("abcde"),
+        tokens=tokens_with_history_of([0, 1, 1, 3, 4]),
+    )
+
+
+def tokens_with_history_of(users):
+    """The columns of TokenData that tell who has history: one item of each of the users, and a question of all."""
+    columns = {
+        "user": np.array([*users, *range(5)]),
+        "kind": np.array([HISTORY] * len(users) + [HISTORY + 1] * 5),
+    }
+    return SimpleNamespace(column=columns.__getitem__, num_users=5)
 
 
 def test_users_of_a_unit_given_up_are_failed_and_the_unit_is_done(context):
@@ -30,6 +46,14 @@ def test_users_of_a_unit_given_up_are_failed_and_the_unit_is_done(context):
     store = AdapterStore(context.folder.stage("store/OPPU").path)
     assert store.failures() == {"b": "it kills its worker", "d": "it kills its worker"}
     assert store.users() == []
+    assert store.units() == {UNIT.name}
+
+
+def test_nobody_forgotten_since_the_plan_is_committed_as_failed(context):
+    context.keys[1], context.tokens = "(forgotten user 1)", tokens_with_history_of([0, 3, 4])
+    give_up_unit(context, UNIT, PLAN, "it kills its worker")
+    store = AdapterStore(context.folder.stage("store/OPPU").path)
+    assert set(store.failures()) == {"d"}
     assert store.units() == {UNIT.name}
 
 

@@ -155,8 +155,10 @@ class Run:
         """Make a stage's folder ready; True where a result of other inputs was moved aside."""
         place, about = self.folder.stage(stage.name), stage.about
         if stage.step == "user":
+            # a night that committed nothing has used up its number all the same: its plan is there
+            begun = (place.begun() or {}).get("version", 0) if stage.is_update else 0
             newest = open_store(place.path).last_version() if stage.is_update else 0
-            about = about | {"version": newest + 1}
+            about = about | {"version": max(newest, begun) + 1}
         was_moved = place.begin(stage.fingerprint, about, stage.is_update)
         if stage.step == "user":
             point_to(place.path, self.config.store.location)

@@ -236,7 +236,8 @@ class Run:
         places = {stage.name.removeprefix("store/"): self.folder.stage(stage.name) for stage in stages}
         plans = {name: ensure_plan(self.context, place) for name, place in places.items()}
         units = [unit for name, plan in plans.items() for unit in self._units(plan.chosen, part=name)]
-        done = {name: open_store(places[name].path).units(plan.version) for name, plan in plans.items()}
+        stores = {name: open_store(place.path) for name, place in places.items()}
+        done = {name: stores[name].units(plan.version) for name, plan in plans.items()}
         pending = [unit for unit in units if unit.name not in done[unit.part]]
         if not units:
             get_logger().info("user: no history changed, so no adapter is trained")
@@ -244,7 +245,8 @@ class Run:
         def quarantine(unit: Unit, reason: str) -> None:
             give_up_unit(self.context, unit, plans[unit.part], reason)
 
-        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending, quarantine)
+        options = {"stores": {name: str(store.location) for name, store in stores.items()}}
+        self._fleet("proper_ds.training.unit_jobs:UsersJob", options, "user", units, pending, quarantine)
 
     def _evaluate(self, stages: list[Stage]) -> None:
         mask = users_with_queries(self.context.tokens, self.config.evaluation.split)

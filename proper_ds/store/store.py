@@ -109,6 +109,10 @@ class AdapterStore:
         """See Catalog."""
         return self.catalog.units(version)
 
+    def has_unit(self, unit: str, version: int) -> bool:
+        """See Catalog."""
+        return self.catalog.has_unit(unit, version)
+
     def last_version(self) -> int:
         """See Catalog."""
         return self.catalog.last_version()

@@ -33,6 +33,10 @@ class StoreError(UserError):
     """An adapter store that lacks or contradicts what was asked of it."""
 
 
+class BusyError(ProperError):
+    """Files that others changed at the same moment, time and again; trying again later helps, and the fleet does."""
+
+
 class FleetError(ProperError):
     """Actors or ranks that failed more often than allowed; running the same command again resumes."""
 

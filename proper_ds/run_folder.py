@@ -5,6 +5,7 @@
     report.json report.md report.html
     superseded/             results of other settings, moved aside, never deleted
     roster.parquet          users by index, so that a nightly update keeps their places (pipeline/roster.py)
+    stores.jsonl            adapter stores outside the run's folder (store/elsewhere.py)
     forgotten.json forgotten/ exports.jsonl     who is kept out, receipts, adapters written elsewhere (erasure/)
 
 Below every package that runs stages.

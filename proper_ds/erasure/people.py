@@ -19,7 +19,7 @@ from proper_ds.data.tokens import TokenData
 from proper_ds.erasure.exports import read_exports
 from proper_ds.errors import DataError, StoreError
 from proper_ds.run_folder import RunFolder
-from proper_ds.store.elsewhere import open_store
+from proper_ds.store.elsewhere import all_stores, open_store
 from proper_ds.training.features import FeatureData
 
 MIN_TEXT_BYTES, MIN_TOKENS, ROW_BYTES, NUM_OF_A_KIND = 24, 16, 64, 8
@@ -49,9 +49,9 @@ def places_of(run: RunFolder, keys: Sequence[str], prepared: Path) -> dict[str, 
     return {key: index for index, key in enumerate(key for column in columns for key in column) if key in wanted}
 
 
-def stores_of(run: RunFolder) -> list[Path]:
-    """Every adapter store in a run, those moved aside included."""
-    return sorted(run.root.glob("store/*")) + sorted(run.root.glob("superseded/store-*"))
+def stores_of(run: RunFolder) -> list[Path | str]:
+    """Every adapter store of a run, for `open_store`: those moved aside and those outside of its folder included."""
+    return all_stores(run.root)
 
 
 def check_known(run: RunFolder, keys: Sequence[str], places: dict[str, int], forgotten: Forgotten) -> None:

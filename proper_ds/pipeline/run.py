@@ -155,8 +155,10 @@ class Run:
         """Make a stage's folder ready; True where a result of other inputs was moved aside."""
         place, about = self.folder.stage(stage.name), stage.about
         if stage.step == "user":
+            # a night that committed nothing has used up its number all the same: its plan is there
+            begun = (place.begun() or {}).get("version", 0) if stage.is_update else 0
             newest = open_store(place.path).last_version() if stage.is_update else 0
-            about = about | {"version": newest + 1}
+            about = about | {"version": max(newest, begun) + 1}
         was_moved = place.begin(stage.fingerprint, about, stage.is_update)
         if stage.step == "user":
             point_to(place.path, self.config.store.location)
@@ -234,7 +236,8 @@ class Run:
         places = {stage.name.removeprefix("store/"): self.folder.stage(stage.name) for stage in stages}
         plans = {name: ensure_plan(self.context, place) for name, place in places.items()}
         units = [unit for name, plan in plans.items() for unit in self._units(plan.chosen, part=name)]
-        done = {name: open_store(places[name].path).units(plan.version) for name, plan in plans.items()}
+        stores = {name: open_store(place.path) for name, place in places.items()}
+        done = {name: stores[name].units(plan.version) for name, plan in plans.items()}
         pending = [unit for unit in units if unit.name not in done[unit.part]]
         if not units:
             get_logger().info("user: no history changed, so no adapter is trained")
@@ -242,7 +245,8 @@ class Run:
         def quarantine(unit: Unit, reason: str) -> None:
             give_up_unit(self.context, unit, plans[unit.part], reason)
 
-        self._fleet("proper_ds.training.unit_jobs:UsersJob", {}, "user", units, pending, quarantine)
+        options = {"stores": {name: str(store.location) for name, store in stores.items()}}
+        self._fleet("proper_ds.training.unit_jobs:UsersJob", options, "user", units, pending, quarantine)
 
     def _evaluate(self, stages: list[Stage]) -> None:
         mask = users_with_queries(self.context.tokens, self.config.evaluation.split)

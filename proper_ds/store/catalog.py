@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from proper_ds.errors import StoreError
+from proper_ds.errors import BusyError, StoreError
 from proper_ds.files import digest_of
 from proper_ds.model.lora import LoraLayout
 from proper_ds.store.files import Files, open_files
@@ -68,6 +68,10 @@ class Catalog:
         """Names of the units committed at a version."""
         return {name for name, held in self._all_units() if held == version}
 
+    def has_unit(self, unit: str, version: int) -> bool:
+        """Whether a unit is committed at a version; costs the same however many there are."""
+        return self.files.exists(fragment_name(unit, version)) or self.is_in_snapshot(unit, version)
+
     def last_version(self) -> int:
         """The highest version of any committed unit, 0 where there is none."""
         return max((version for _, version in self._all_units()), default=0)
@@ -99,7 +103,7 @@ class Catalog:
                 with _opened(data, self._where(snapshot_name(number))) as stream:
                     self._covered = (number, _pairs(stream.schema))
             return self._covered[1]
-        raise StoreError(f"catalog {self.files.location} changes faster than it can be read; try again")
+        raise BusyError(f"catalog {self.files.location} changes faster than it can be read; try again")
 
     def commit(self, unit: str, version: int, entries: Sequence[Entry], layout: LoraLayout | None) -> bool:
         """Commit a unit, all or nothing; False where it is committed already, and then nothing has changed."""
@@ -122,6 +126,7 @@ class Catalog:
 
         Raises:
             StoreError: where a file of the catalog is damaged.
+            BusyError: where others compact it time and again.
         """
         for _ in range(_MAX_TRIES):
             # Fragments are listed before snapshots: one that a compaction deletes in between is in its snapshot.
@@ -133,7 +138,7 @@ class Catalog:
                 continue
             pa.default_memory_pool().release_unused()  # as much again, from putting the columns together
             return found
-        raise StoreError(f"catalog {self.files.location} changes faster than it can be read; try again")
+        raise BusyError(f"catalog {self.files.location} changes faster than it can be read; try again")
 
     def _read(self, snapshot: int, fragments: set[tuple[str, int]], rollbacks: frozenset[str]) -> Contents:
         tables = [SCHEMA.empty_table()]

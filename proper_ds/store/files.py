@@ -62,6 +62,10 @@ class Files(ABC):
         """Bytes by name of the files in a folder, sorted by name, temporary files among them; {} without a folder."""
 
     @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
 
@@ -123,6 +127,10 @@ class LocalFiles(Files):
         except FileNotFoundError:
             return {}
         return dict(sorted(found.items()))
+
+    def exists(self, name: str) -> bool:
+        """See Files."""
+        return (self._root / name).is_file()
 
     def read(self, name: str) -> bytes:
         """See Files."""
@@ -236,6 +244,11 @@ class RemoteFiles(Files):
         except FileNotFoundError:
             return {}
         return dict(sorted((f["name"].rsplit("/", 1)[-1], f["size"]) for f in found if f["type"] == "file"))
+
+    def exists(self, name: str) -> bool:
+        """See Files."""
+        self._fs.invalidate_cache(self._path(name))
+        return bool(self._fs.exists(self._path(name)))
 
     def read(self, name: str) -> bytes:
         """See Files."""

@@ -7,7 +7,8 @@ undeleted the next compact or forget deletes. Two at once cannot both commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +109,8 @@ def compact(files: Files, catalog: Catalog) -> CompactReport:
     """See AdapterStore."""
     found = catalog.load()
     before = _sizes(files, catalog)
-    packs = packs_to_merge(files, found.index)
+    with _overtaken(files, catalog, found):
+        packs = packs_to_merge(files, found.index)
     if packs or found.loose_units or found.loose_rollbacks:
         _replace(files, catalog, found, np.ones(found.index.table.num_rows, dtype=bool), packs)
     _clean(files, catalog, all_orphans=False)
@@ -135,7 +137,8 @@ def forget(files: Files, catalog: Catalog, users: Iterable[str]) -> ForgetReport
 def _replace(files: Files, catalog: Catalog, found: Contents, keep: np.ndarray, packs: set[str]) -> None:
     """Commit a snapshot of the kept rows, those in `packs` moved to new packs."""
     number = found.snapshot + 1
-    rewritten = rewrite(files, found.index, keep, packs, number)
+    with _overtaken(files, catalog, found):
+        rewritten = rewrite(files, found.index, keep, packs, number)
     metadata = snapshot_metadata(found.units, found.rollbacks, found.index.layouts)
     won = catalog.files.create(snapshot_name(number), encoded(rewritten.table, metadata, "zstd"))
     if won and catalog.newest_snapshot() != number:
@@ -144,7 +147,22 @@ def _replace(files: Files, catalog: Catalog, found: Contents, keep: np.ndarray, 
         won = False
     if not won:
         files.remove([f"{FOLDER}/{pack}" for pack in rewritten.new_packs])
-        raise StoreError(f"store {files.location}: another compact or forget was faster; run it again")
+        raise _was_faster(files)
+
+
+@contextmanager
+def _overtaken(files: Files, catalog: Catalog, found: Contents) -> Iterator[None]:
+    """Where a pack is gone, say so: another compact or forget has replaced it, or it is lost."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if catalog.newest_snapshot() != found.snapshot:
+            raise _was_faster(files) from None
+        raise StoreError(f"pack {error.filename or error} is missing; restore the file or train again") from None
+
+
+def _was_faster(files: Files) -> StoreError:
+    return StoreError(f"store {files.location}: another compact or forget was faster; run it again")
 
 
 def _clean(files: Files, catalog: Catalog, all_orphans: bool) -> tuple[int, int]:
@@ -186,30 +204,50 @@ def _catalog_sizes(catalog: Catalog) -> list[int]:
     return [size for folder in (FRAGMENTS, ROLLBACKS, SNAPSHOTS) for size in catalog.listing(folder).values()]
 
 
-def verify(files: Files, index: Index) -> VerifyReport:
+def verify(files: Files, catalog: Catalog) -> VerifyReport:
     """See AdapterStore."""
-    stored = np.flatnonzero(index.is_status(STORED))
+    found = catalog.load()
+    bad = _damaged(files, found.index, np.flatnonzero(found.index.is_status(STORED)))
+    while bad and catalog.newest_snapshot() != found.snapshot:
+        # compacted meanwhile: what was sought in packs that are gone lies elsewhere now, or was forgotten
+        sought = {(found.index.user_at(row), int(found.index.numbers("version")[row])) for row in bad}
+        found = catalog.load()
+        versions, stored = found.index.numbers("version"), found.index.is_status(STORED)
+        again = [
+            row
+            for user in sorted({user for user, _ in sought})
+            for row in found.index.rows_of(user)
+            if stored[row] and (user, int(versions[row])) in sought
+        ]
+        bad = _damaged(files, found.index, np.array(again, dtype=np.int64))
+    live = set(found.index.packs)
+    orphans = [name for name in files.listing(FOLDER) if name not in live]
+    num_rows = int(found.index.is_status(STORED).sum())
+    return VerifyReport(num_rows, tuple(bad.values()), tuple(orphans))
+
+
+def _damaged(files: Files, index: Index, stored: np.ndarray) -> dict[int, str]:
+    """What is wrong with rows of the index, by row."""
     packs, rank, row = index.numbers("pack"), index.numbers("rank"), index.numbers("row")
     in_order = stored[np.lexsort((row[stored], rank[stored], packs[stored]))]
     changes = (np.diff(packs[in_order]) != 0) | (np.diff(rank[in_order]) != 0)
-    bad: list[str] = []
+    bad: dict[int, str] = {}
     for rows in np.split(in_order, np.flatnonzero(changes) + 1):
-        bad += _bad_rows(files, index, rows.tolist())
-    live = set(index.packs)
-    orphans = [name for name in files.listing(FOLDER) if name not in live]
-    return VerifyReport(len(stored), tuple(bad), tuple(orphans))
+        bad |= _bad_rows(files, index, rows.tolist())
+    return bad
 
 
-def _bad_rows(files: Files, index: Index, rows: list[int]) -> list[str]:
-    """What is wrong with rows of one pack and rank, a line for each."""
+def _bad_rows(files: Files, index: Index, rows: Sequence[int]) -> dict[int, str]:
+    """What is wrong with rows of one pack and rank, a line for each by row."""
     if not rows:
-        return []
+        return {}
     places = [index.place_at(row) for row in rows]
     try:
         header = read_header(files, places[0].pack)
     except (StoreError, FileNotFoundError) as error:
-        return [f"user {index.user_at(row)!r}: {error}" for row in rows]
-    step, bad = max(1, CHUNK_BYTES // sum(record_bytes(header.layout.with_rank(places[0].rank), header.dtype))), []
+        return {row: f"user {index.user_at(row)!r}: {error}" for row in rows}
+    step = max(1, CHUNK_BYTES // sum(record_bytes(header.layout.with_rank(places[0].rank), header.dtype)))
+    bad: dict[int, str] = {}
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         try:
@@ -219,7 +257,7 @@ def _bad_rows(files: Files, index: Index, rows: list[int]) -> list[str]:
                 try:
                     read_records(files, [(header, place)])
                 except (StoreError, FileNotFoundError) as error:
-                    bad.append(f"user {index.user_at(row)!r}: {error}")
+                    bad[row] = f"user {index.user_at(row)!r}: {error}"
     return bad
 
 

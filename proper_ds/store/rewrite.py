@@ -35,18 +35,26 @@ class Rewritten:
 
 
 def packs_to_merge(files: Files, index: Index) -> set[str]:
-    """Packs worth writing anew: under half the size of a full one, or with rows that the catalog does not name."""
+    """Packs worth writing anew: under half the size of a full one, or with rows that the catalog does not name.
+
+    A single small one has none to be merged with: new packs are of one dtype each.
+    """
     sizes = files.listing(FOLDER)
     num_live = np.bincount(index.numbers("pack")[index.is_status(STORED)], minlength=len(index.packs))
-    small, holed = set(), set()
+    small, holed = dict[str, set[str]](), dict[str, set[str]]()
     for pack, live in zip(index.packs, num_live.tolist(), strict=True):
         if not live:
             continue
-        if read_header(files, pack).num_rows > live:
-            holed.add(pack)
+        header = read_header(files, pack)
+        if header.num_rows > live:
+            holed.setdefault(header.dtype, set()).add(pack)
         elif sizes.get(pack, 0) < PACK_BYTES // 2:
-            small.add(pack)
-    return small | holed if len(small) > 1 or holed else set()
+            small.setdefault(header.dtype, set()).add(pack)
+    found = set[str]().union(*holed.values())
+    for dtype, packs in small.items():
+        if len(packs) > 1 or dtype in holed:
+            found |= packs
+    return found
 
 
 def rewrite(files: Files, index: Index, keep: np.ndarray, packs: set[str], snapshot: int) -> Rewritten:

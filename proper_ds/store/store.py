@@ -109,6 +109,10 @@ class AdapterStore:
         """See Catalog."""
         return self.catalog.units(version)
 
+    def has_unit(self, unit: str, version: int) -> bool:
+        """See Catalog."""
+        return self.catalog.has_unit(unit, version)
+
     def last_version(self) -> int:
         """See Catalog."""
         return self.catalog.last_version()
@@ -275,9 +279,12 @@ class AdapterStore:
             self.refresh()
 
     def verify(self) -> VerifyReport:
-        """Check the checksum of every stored row of every version, and look for packs that no catalog names."""
+        """Check the checksum of every stored row of every version, and look for packs that no catalog names.
+
+        Safe while others put, read and compact.
+        """
         self.refresh()
-        return maintenance.verify(self.files, self._index)
+        return maintenance.verify(self.files, self.catalog)
 
     def stats(self) -> StoreStats:
         """What the store holds and what it costs."""

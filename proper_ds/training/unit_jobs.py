@@ -6,10 +6,12 @@ Each knows how to work through one unit and commit it; `fleet/worker.py` wraps t
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.tokens import HISTORY, Example
 from proper_ds.errors import StoreError
 from proper_ds.model.adapted import PersonalModel
@@ -18,14 +20,14 @@ from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.user_vectors import pooled
 from proper_ds.observe.log import get_logger
-from proper_ds.store.elsewhere import open_store
+from proper_ds.store.elsewhere import check_in_place, open_store
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData, compute_features, previous_features, write_features
 from proper_ds.training.selection import num_history, table_line
 from proper_ds.training.set_plan import SetPlan
 from proper_ds.training.slots import UserTask
-from proper_ds.training.users import train_users
+from proper_ds.training.users import UserResult, train_users
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -107,13 +109,29 @@ class FeaturesJob:
         return {"num_users": len(counts), "num_taken": num_taken, "num_tokens": sum(len(e.ids) for e in examples)}
 
 
+@dataclass(frozen=True)
+class _Set:
+    """One set of adapters as a job sees it, opened once.
+
+    Attributes:
+        store: where units are put.
+        before: the same store as it was when the job first looked: with `store` the catalog would be read anew after
+            each unit.
+    """
+
+    plan: SetPlan
+    store: AdapterStore
+    before: AdapterStore
+
+
 class UsersJob:
     """Adapters of each unit's users: set `OPPU` on the population model, or a preset's set on its group level.
 
     The base is held once; only the group level changes between units of different sets.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, stores: dict[str, str]) -> None:
+        """`stores` are locations by set, as the driver has them: one left over must not find those of a later run."""
         self._context = RunContext(config, device)
         lm = self._context.load_lm(with_population=True)
         lora = config.user.lora
@@ -124,12 +142,14 @@ class UsersJob:
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._levels: dict[str, GroupLevel] = {}
         self._features: FeatureData | None = None
-        self._plans: dict[str, SetPlan] = {}
+        self._locations, self._sets = stores, dict[str, _Set]()
 
-    def _plan_of(self, adapter_set: str) -> SetPlan:
-        if adapter_set not in self._plans:
-            self._plans[adapter_set] = SetPlan.read(self._context.folder.stage(f"store/{adapter_set}"))
-        return self._plans[adapter_set]
+    def _set_of(self, name: str) -> _Set:
+        if name not in self._sets:
+            plan = SetPlan.read(self._context.folder.stage(f"store/{name}"))
+            location = self._locations[name]
+            self._sets[name] = _Set(plan, open_store(location), open_store(location))
+        return self._sets[name]
 
     def _level_of(self, adapter_set: str) -> GroupLevel | None:
         if adapter_set == "OPPU":
@@ -152,18 +172,28 @@ class UsersJob:
             line = table_line(user, len(examples), level.sizes["num_users"])
         return UserTask(context.keys[user], examples, vector_U, line, start_P)
 
-    def _starts(self, store: AdapterStore, adapter_set: str, keys: list[str]) -> dict[str, Tensor]:
-        """Rows [P] to start from, by user: current adapters, where this is an update."""
-        plan = self._plan_of(adapter_set)
-        held = [key for key in keys if store.has(key)] if plan.version > 1 else []
+    def _starts(self, name: str, keys: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """In an update: (adapters [P] to start from, by user; why those of others cannot be read)."""
+        store = self._sets[name].before
+        held = [key for key in keys if store.has(key)] if self._sets[name].plan.version > 1 else []
         if not held:
-            return {}
+            return {}, {}
         if store.layout != self._layout:
             raise StoreError(
-                f"store/{adapter_set} holds adapters of another layout than user.lora asks for, which user.only_changed"
+                f"store/{name} holds adapters of another layout than user.lora asks for, which user.only_changed"
                 " cannot start from; put user.lora back, or train all anew without user.only_changed"
             )
-        return dict(zip(held, store.get_many(held), strict=True))
+        try:
+            return dict(zip(held, store.get_many(held), strict=True)), {}
+        except StoreError:  # one of them at least: look at each
+            check_in_place(store)
+        starts, damaged = dict[str, Tensor](), dict[str, str]()
+        for key in held:
+            try:
+                starts[key] = store.get(key)
+            except StoreError as error:
+                damaged[key] = f"the adapter to start from cannot be read: {error}"
+        return starts, damaged
 
     def _digests(self, users: list[int]) -> list[str]:
         tokens = self._context.tokens
@@ -172,10 +202,9 @@ class UsersJob:
 
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""
-        config, plan = self._context.config, self._plan_of(unit.part)
-        start_s = time.perf_counter()
-        store = open_store(self._context.folder.stage(f"store/{unit.part}").path)
-        if unit.name in store.units(plan.version):
+        config, start_s = self._context.config, time.perf_counter()
+        held = self._set_of(unit.part)
+        if held.store.has_unit(unit.name, held.plan.version):
             # a retry after a commit must not start from what that commit stored
             return {"num_users": 0, "num_failed": 0, "num_bytes": 0, "seconds": 0.0}
         level = self._level_of(unit.part)
@@ -183,35 +212,52 @@ class UsersJob:
         self._model.attach_groups(by_module, config.group.lora.lora_dropout)
         # somebody chosen may have been forgotten since
         has_history = num_history(self._context.tokens) > 0
-        users = [user for user in range(unit.first, unit.stop) if plan.chosen[user] and has_history[user]]
-        starts = self._starts(store, unit.part, [self._context.keys[user] for user in users])
+        users = [user for user in range(unit.first, unit.stop) if held.plan.chosen[user] and has_history[user]]
+        starts, damaged = self._starts(unit.part, [self._context.keys[user] for user in users])
+        users = [user for user in users if self._context.keys[user] not in damaged]
         tasks = [self._task(user, level, starts.get(self._context.keys[user])) for user in users]
         results = train_users(self._model, self._layout, tasks, config.user, config.seed)
-        trained = {r.key: r.row_P for r in results if r.row_P is not None}
-        failed = {r.key: r.reason for r in results if r.row_P is None}
-        for key, reason in failed.items():
-            kept = "keeps the adapter it had" if key in starts else "has no adapter"
-            get_logger().warning("user %r of %s %s: %s", key, unit.name, kept, reason)
         digests = dict(zip((task.key for task in tasks), self._digests(users), strict=True))
-        num_bytes = store.put_unit(
-            unit.name,
-            trained,
-            failed,
-            {r.key: (r.num_items, r.losses) for r in results},
-            self._layout,
-            config.store.dtype,
-            version=plan.version,
-            digests=digests,
-        )
+        # without digests: the next update tries these users again
+        results += [UserResult(key, None, reason) for key, reason in damaged.items()]
+        results, num_bytes = self._commit(unit, results, digests)
+        trained = [result for result in results if result.row_P is not None]
         return {
             "num_users": len(trained),
-            "num_failed": len(failed),
+            "num_failed": len(results) - len(trained),
             "num_warm": len(starts),
             "num_bytes": num_bytes,
-            "first_loss": _mean([r.losses[0] for r in results if r.row_P is not None]),
-            "last_loss": _mean([r.losses[-1] for r in results if r.row_P is not None]),
+            "first_loss": _mean([result.losses[0] for result in trained]),
+            "last_loss": _mean([result.losses[-1] for result in trained]),
             "seconds": time.perf_counter() - start_s,
         }
+
+    def _commit(
+        self, unit: UserRange, results: list[UserResult], digests: dict[str, str]
+    ) -> tuple[list[UserResult], int]:
+        """Put the unit without users who were forgotten meanwhile; (the results that are left, bytes of the pack)."""
+        held = self._sets[unit.part]
+        check_in_place(held.store)
+        forgotten = Forgotten.read(self._context.folder.root)  # forgetting begins with this list
+        kept = [result for result in results if not forgotten.has(result.key)]
+        if len(kept) < len(results):
+            get_logger().warning("%s: %d users were forgotten meanwhile", unit.name, len(results) - len(kept))
+        failed = {result.key: result.reason for result in kept if result.row_P is None}
+        for key, reason in failed.items():
+            has_one = held.plan.version > 1 and held.before.has(key)
+            what = "keeps the adapter it had" if has_one else "has no adapter"
+            get_logger().warning("user %r of %s %s: %s", key, unit.name, what, reason)
+        num_bytes = held.store.put_unit(
+            unit.name,
+            {result.key: result.row_P for result in kept if result.row_P is not None},
+            failed,
+            {result.key: (result.num_items, result.losses) for result in kept},
+            self._layout,
+            self._context.config.store.dtype,
+            version=held.plan.version,
+            digests=digests,
+        )
+        return kept, num_bytes
 
 
 def _mean(values: list[float]) -> float | None:

@@ -21,7 +21,7 @@ from proper_ds.erasure.forget import forget
 from proper_ds.errors import StoreError, UserError
 from proper_ds.observe.metrics import read_events
 from proper_ds.run_folder import RunFolder
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
 from tests.end_to_end.nights import FOLDERS, lengthen
@@ -84,7 +84,7 @@ def test_no_file_holds_anything_of_the_user(gone):
     own = [text.encode() for text in texts if text not in others]
     assert len(own) > 5
     features = FeatureData(before / "features").items(index).numpy()
-    rows = [AdapterStore(before / "store" / name).get(user.key).numpy() for name in SETS]
+    rows = [open_store(before / "store" / name).get(user.key).numpy() for name in SETS]
     own += [row[len(row) // 2 :][:20].tobytes() for row in rows] + [features[0, :20].tobytes()]
     key = re.compile(rb"(?<![0-9a-zA-Z])" + user.key.encode() + rb"(?![0-9a-zA-Z])")
     for run, expected in ((before, True), (gone.folder, False)):
@@ -114,7 +114,7 @@ def test_nobody_else_is_touched(gone):
             assert not new.history
             assert not new.queries
     for name in SETS:
-        old, new = (AdapterStore(run / "store" / name) for run in (gone.before, gone.folder))
+        old, new = (open_store(run / "store" / name) for run in (gone.before, gone.folder))
         users = [user for user in old.users() if user != gone.user.key]
         assert sorted(new.users()) == sorted(users)
         assert old.get_many(users).equal(new.get_many(users))
@@ -220,7 +220,7 @@ def test_cut_short_anywhere_and_repeated_it_completes(finished, tmp_path, monkey
         assert receipt.is_proved
         assert receipt.remains["population"]["made"]
         assert [*PreparedData(cut / "prepared").users()] == [*undisturbed.users()]
-        assert not AdapterStore(cut / "store/OPPU").has(user.key)
+        assert not open_store(cut / "store/OPPU").has(user.key)
         shutil.rmtree(cut)
 
 
@@ -237,7 +237,7 @@ def test_a_user_stage_in_the_middle_goes_on_without_the_user(finished, tmp_path)
     shutil.copytree(finished.folder, run)
     yaml = write_run(run, finished.data)
     index, user = somebody(run)
-    fragments = sorted((run / "store/OPPU/catalog").rglob("unit-*"))
+    fragments = sorted((run / "store/OPPU").rglob("catalog/fragments/unit-*"))
     bounds = [[int(n) for n in re.findall(r"\d{10}", path.name)] for path in fragments]
     theirs = next(n for n, (first, stop) in enumerate(bounds) if first <= index < stop)
     for n in (theirs, theirs + 1, len(fragments) - 1):
@@ -246,7 +246,7 @@ def test_a_user_stage_in_the_middle_goes_on_without_the_user(finished, tmp_path)
     forget(load_config(yaml), run, [user.key])
     told = proper_ds("run", yaml, "--steps", "user")
     assert f"{len(fragments) - 3} of {len(fragments)} units are committed already" in told
-    whole, resumed = (AdapterStore(folder / "store/OPPU") for folder in (finished.folder, run))
+    whole, resumed = (open_store(folder / "store/OPPU") for folder in (finished.folder, run))
     assert sorted(resumed.users()) == sorted(set(whole.users()) - {user.key})
     assert not resumed.failures()
     keys = PreparedData(run / "prepared").keys()
@@ -271,4 +271,4 @@ def test_prepared_data_of_the_callers_own_is_left_alone_and_read_without_the_use
     context = RunContext(config, torch.device("cpu"))
     assert user.key not in context.keys
     assert not any(example.ids.any() for example in context.tokens.examples_of(*context.tokens.range_of(index)))
-    assert not AdapterStore(run / "store/proper").has(user.key)
+    assert not open_store(run / "store/proper").has(user.key)

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from proper_ds.observe.metrics import read_events
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from tests.end_to_end.runs import CONFIG, command, environment, proper_ds, write_run
 
 WAIT_S = 150.0
@@ -88,14 +88,14 @@ class Driver:
 def committed(folder: Path) -> dict[Path, int]:
     """Every file that says that something is finished, with the time it was written."""
     names = ("*/done.json", "group/*/done.json", "store/*/done.json", "router/*/done.json")
-    names += ("features/*.safetensors", "store/*/catalog/fragments/*.arrows", "predictions/units/*.parquet")
+    names += ("features/*.safetensors", "store/*/adapters-*/catalog/fragments/*.arrows", "predictions/units/*.parquet")
     return {path: path.stat().st_mtime_ns for name in names for path in folder.glob(name)}
 
 
 def num_units(folder: Path, step: str) -> int:
     where = {
         "features": "features/*.safetensors",
-        "user": "store/*/catalog/fragments/*.arrows",
+        "user": "store/*/adapters-*/catalog/fragments/*.arrows",
         "evaluate": "predictions/units/*.parquet",
     }
     return sum(1 for _ in folder.glob(where[step]))
@@ -158,7 +158,7 @@ def disturbed(finished, tmp_path_factory) -> Path:
 
 def test_adapters_are_those_of_an_undisturbed_run(finished, disturbed):
     for name in SETS:
-        whole, killed = (AdapterStore(run / "store" / name) for run in (finished.folder, disturbed))
+        whole, killed = (open_store(run / "store" / name) for run in (finished.folder, disturbed))
         users = whole.users()
         assert sorted(killed.users()) == sorted(users)
         assert len(users) == 38, "all that have a history"

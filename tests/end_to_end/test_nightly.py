@@ -15,7 +15,7 @@ from proper_ds.config import load_config
 from proper_ds.data.prepared import PreparedData
 from proper_ds.fleet.plan import Unit
 from proper_ds.observe.metrics import read_events
-from proper_ds.store.store import AdapterStore
+from proper_ds.store.elsewhere import open_store
 from proper_ds.training.unit_jobs import UsersJob
 from tests.end_to_end.nights import FOLDERS, add_user, lengthen
 from tests.end_to_end.runs import proper_ds, write_run
@@ -66,7 +66,7 @@ def night(finished, tmp_path_factory) -> Night:
 
 def test_only_users_with_new_data_get_a_new_version(night):
     for name in SETS:
-        then, now = (AdapterStore(run / "store" / name) for run in (night.before, night.folder))
+        then, now = (open_store(run / "store" / name) for run in (night.before, night.folder))
         assert sorted(now.users()) == sorted([*then.users(), NEWCOMER])
         assert sorted(user for user in now.users() if now.entry(user).version == 2) == night.changed
         kept = [user for user in then.users() if user not in night.changed]
@@ -86,8 +86,9 @@ def tasks_of(folder: Path, yaml: Path, user: str, monkeypatch):
     monkeypatch.setattr("proper_ds.training.unit_jobs.train_users", ask)
     config = load_config(yaml).model_copy(update={"output_dir": str(folder)})
     index = PreparedData(folder / "prepared").keys().index(user)
+    stores = {"OPPU": str(open_store(folder / "store/OPPU").location)}
     with pytest.raises(AskedError) as asked:
-        UsersJob(config, torch.device("cpu")).run(Unit(index, index + 1, 1, "OPPU", 1))
+        UsersJob(config, torch.device("cpu"), stores).run(Unit(index, index + 1, 1, "OPPU", 1))
     return asked.value.args[0]
 
 
@@ -96,7 +97,7 @@ def test_training_goes_on_from_the_last_version(night, monkeypatch):
     (first,) = tasks_of(night.before, night.yaml, user, monkeypatch)
     assert first.initial_row_P is None
     (again,) = tasks_of(night.folder, night.yaml, user, monkeypatch)
-    store = AdapterStore(night.folder / "store/OPPU")
+    store = open_store(night.folder / "store/OPPU")
     assert [entry.version for entry in store.history(user)] == [1, 2]
     assert again.initial_row_P.equal(store.get(user))
     assert len(again.examples) == len(first.examples) + 2, "one more item in each task"
@@ -122,7 +123,7 @@ def test_users_keep_their_places(night):
 def test_features_of_unchanged_histories_are_taken_over(night):
     events, _ = read_events(night.folder / "metrics.jsonl")
     second = [e for e in events if e["stage"] == "features" and "unit" in e][len(events_of_features(night.before)) :]
-    num_warm = len(AdapterStore(night.before / "store/OPPU").users())
+    num_warm = len(open_store(night.before / "store/OPPU").users())
     assert sum(event["num_taken"] for event in second) == num_warm - (len(night.changed) - 1)
 
 
@@ -158,7 +159,7 @@ def test_new_questions_alone_train_nobody(finished, tmp_path):
     told = proper_ds("run", yaml, UPDATE, "--steps", "prepare,tokens,features,user")
     assert "user: no history changed, so no adapter is trained" in told
     for name in SETS:
-        assert AdapterStore(tmp_path / "run/store" / name).last_version() == 1
+        assert open_store(tmp_path / "run/store" / name).last_version() == 1
 
 
 def test_a_night_cut_short_ends_as_an_undisturbed_one(night, finished, tmp_path):
@@ -167,7 +168,7 @@ def test_a_night_cut_short_ends_as_an_undisturbed_one(night, finished, tmp_path)
     run = tmp_path / "run"
 
     def num_units() -> int:
-        return sum(len(AdapterStore(run / "store" / name).units(2)) for name in SETS)
+        return sum(len(open_store(run / "store" / name).units(2)) for name in SETS)
 
     steps = ("--steps", "prepare,tokens,features,user")
     with Driver(yaml, tmp_path / "driver.log", (UPDATE, *steps)) as driver:
@@ -177,7 +178,7 @@ def test_a_night_cut_short_ends_as_an_undisturbed_one(night, finished, tmp_path)
     proper_ds("run", yaml, UPDATE, *steps)
     assert 0 < committed < num_units(), "the kill came too late: nothing was tested"
     for name in SETS:
-        whole, killed = AdapterStore(night.folder / "store" / name), AdapterStore(run / "store" / name)
+        whole, killed = open_store(night.folder / "store" / name), open_store(run / "store" / name)
         users = whole.users()
         assert sorted(killed.users()) == sorted(users)
         assert whole.get_many(users).equal(killed.get_many(users))

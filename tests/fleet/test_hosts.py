@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from proper_ds.observe.metrics import read_events
-from proper_ds.store.catalog import Catalog
+from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
 from tests.end_to_end.runs import CONFIG, REPO, proper_ds
 from tests.fleet.hosts import RAY_PORT, Host, hosts, lacking, wait_for
@@ -76,7 +76,7 @@ class UserStage:
         process.wait(timeout=10)
 
     def committed(self) -> set[str]:
-        return Catalog(self.folder / "store/OPPU/catalog").units()
+        return open_store(self.folder / "store/OPPU").units()
 
     def wait_for_commits(self, count: int) -> None:
         goal = len(self.committed()) + count
@@ -147,7 +147,7 @@ def prepared(tmp_path_factory) -> Prepared:
 def undisturbed(prepared, tmp_path_factory) -> AdapterStore:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     proper_ds("run", prepared.copy(folder), "--steps", "user")
-    return AdapterStore(folder / "store/OPPU")
+    return open_store(folder / "store/OPPU")
 
 
 def test_hosts_and_the_driver_lost_in_one_run(prepared, undisturbed, tmp_path, record_testsuite_property):
@@ -180,7 +180,7 @@ def test_hosts_and_the_driver_lost_in_one_run(prepared, undisturbed, tmp_path, r
         driver = stage.start_driver()
         assert driver.wait(timeout=240) == 0, stage.log.read_text()
 
-    found = AdapterStore(folder / "store/OPPU")
+    found = open_store(folder / "store/OPPU")
     assert (folder / "store/OPPU/done.json").exists()
     assert at_kill <= stage.committed() == undisturbed.catalog.units()
     users = found.users()

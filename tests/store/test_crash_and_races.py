@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from proper_ds.errors import StoreError
 from proper_ds.store import files as layer
-from proper_ds.store import rewrite
+from proper_ds.store import maintenance, rewrite
+from proper_ds.store.packs import read_header
 from proper_ds.store.store import AdapterStore
 from tests.store.stores import LAYOUT, put, rows
 
@@ -229,6 +230,60 @@ def test_a_slow_compaction_loses_against_a_fast_one(tmp_path, monkeypatch):
     assert torch.equal(AdapterStore(tmp_path).get_many(["a", "b"]), found)
 
 
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("packs_to_merge", AdapterStore.compact),
+        ("rewrite", AdapterStore.compact),
+        ("rewrite", lambda store: store.forget(["person-4"])),
+    ],
+)
+def test_a_slow_one_whose_packs_are_gone_says_that_another_was_faster(tmp_path, monkeypatch, where, what):
+    store = filled(tmp_path)
+    real = getattr(rewrite, where)
+
+    def in_between(*arguments):
+        monkeypatch.setattr(f"proper_ds.store.maintenance.{where}", real)
+        AdapterStore(tmp_path).compact()
+        return real(*arguments)
+
+    monkeypatch.setattr(f"proper_ds.store.maintenance.{where}", in_between)
+    before = reading(tmp_path)
+    with pytest.raises(StoreError, match="another compact or forget was faster"):
+        what(store)
+    assert reading(tmp_path) == before
+    what(store)
+
+
+def test_a_pack_that_is_lost_is_named(tmp_path):
+    store = filled(tmp_path)
+    next((tmp_path / "packs").glob("compacted-*")).unlink()
+    with pytest.raises(StoreError, match=r"pack .*compacted-.* is missing; restore the file"):
+        store.compact()
+
+
+def test_verify_during_a_compaction_reports_no_damage_and_overlooks_none(tmp_path, monkeypatch):
+    store = filled(tmp_path)
+    put(AdapterStore(tmp_path), "unit-8", {"broken": rows(1, 8)[0]})
+    real = maintenance._damaged
+
+    def compacted_before(*arguments):
+        monkeypatch.setattr(maintenance, "_damaged", real)
+        AdapterStore(tmp_path).compact()
+        (pack,) = (tmp_path / "packs").glob("compacted-*")
+        place = AdapterStore(tmp_path).entry("broken")
+        start = read_header(store.files, pack.name).blocks[place.rank]
+        data = bytearray(pack.read_bytes())
+        data[start.values_start + place.row * start.value_bytes] ^= 1
+        pack.write_bytes(data)
+        return real(*arguments)
+
+    monkeypatch.setattr(maintenance, "_damaged", compacted_before)
+    report = store.verify()
+    assert [line.partition(":")[0] for line in report.bad] == ["user 'broken'"]
+    assert report.num_rows == 10
+
+
 def kept_packs(remove):
     return lambda self, names: remove(self, [name for name in names if not name.startswith("packs/")])
 
@@ -273,6 +328,22 @@ def test_new_packs_are_closed_at_their_size(tmp_path, monkeypatch):
     assert torch.equal(AdapterStore(tmp_path).get_many([f"u{n}" for n in range(60)]), found)
     report = store.compact()
     assert report.num_files == report.num_files_before == 4, "there is nothing left to merge"
+
+
+def test_packs_of_two_types_are_merged_once(tmp_path):
+    found = rows(6)
+    for unit, dtype in enumerate(["float32", "bfloat16", "float32", "bfloat16", "int8"]):
+        put(AdapterStore(tmp_path), f"unit-{unit}", {f"u{unit}": found[unit]}, dtype=dtype)
+    store = AdapterStore(tmp_path)
+    store.compact()
+    packs = sorted((tmp_path / "packs").iterdir())
+    assert len(packs) == 3
+    store.compact()
+    assert sorted((tmp_path / "packs").iterdir()) == packs, "there is nothing left to merge"
+    put(AdapterStore(tmp_path), "unit-6", {"u6": found[5]})
+    store.compact()
+    left = sorted((tmp_path / "packs").iterdir())
+    assert (len(left), len({*left} & {*packs})) == (3, 2), "only packs of its type are written anew"
 
 
 def test_stats_count_what_is_there(tmp_path):

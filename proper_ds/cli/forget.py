@@ -34,7 +34,10 @@ def forget(
         typer.echo(line)
     typer.echo(f"receipt: {path}")
     if not receipt.is_proved:
-        raise StoreError("traces were found that should be gone (see above); run the command again, or look there")
+        raise StoreError(
+            "traces were found that should be gone, or files could not be searched (see above); run the command again,"
+            " or look there"
+        )
 
 
 def receipt_lines(receipt: Receipt) -> list[str]:
@@ -53,6 +56,7 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         f" {proof['num_bytes_unpacked']:,} unpacked; sought the keys and traces: {sought}"
     )
     lines += [f"  FOUND {line}" for line in proof["found"]] or ["  nothing of the users was found"]
+    lines += [f"  NOT SEARCHED {name}: damaged, it cannot be decompressed" for name in proof["not_decoded"]]
     lines.append("what remains:")
     for stage, about in receipt.remains.items():
         learned = about.get("note") or (

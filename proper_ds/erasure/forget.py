@@ -20,12 +20,13 @@ from proper_ds.erasure.exports import erase_exports
 from proper_ds.erasure.people import Traces, check_known, places_of, stores_of, traces_of
 from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
 from proper_ds.erasure.rows import Taken
-from proper_ds.erasure.scan import Scan, mention_pattern, scan
+from proper_ds.erasure.scan import Scan, scan
 from proper_ds.errors import UserError
 from proper_ds.evaluation.results import read_predictions, write_lamp_files
 from proper_ds.files import write_json_atomic
 from proper_ds.run_folder import RunFolder, StageFolder, stage_of
 from proper_ds.store.elsewhere import location_of, open_store
+from proper_ds.store.mentions import mention_pattern
 from proper_ds.training.context import RunContext
 from proper_ds.training.rank_stage import CHECKPOINT
 
@@ -60,8 +61,8 @@ class Receipt:
 
     @property
     def is_proved(self) -> bool:
-        """Whether nothing was found that should be gone."""
-        return not self.proof["found"]
+        """Whether nothing was found that should be gone, in files that could all be read."""
+        return not self.proof["found"] and not self.proof["not_decoded"]
 
 
 def check_nothing_pending(root: Path) -> None:
@@ -248,6 +249,7 @@ def _proof(result: Scan, traces: Traces, num_foreign: int) -> dict[str, Any]:
         "num_traces_sought": {kind: len(found) for kind, found in traces.by_kind.items()},
         "num_traces_others_have_too": num_foreign,
         "found": [f"{name}: {kind}" for name, kind in result.found if name not in in_base or kind != "key"],
+        "not_decoded": result.not_decoded,
         "words_of_the_base": in_base,
     }
 

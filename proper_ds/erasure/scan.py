@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import mmap
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Forgetting a user in a store does not stop at what is wrong with others, hides none of it, and cleans what they say."""
+"""Forgetting does not stop at what is wrong with others in a store, hides none of it, and cleans what they say."""
 
 from __future__ import annotations
 

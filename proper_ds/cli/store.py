@@ -166,7 +166,10 @@ def _some(lines: tuple[str, ...]) -> str:
 
 @app.command()
 def compact(run: Run = None, set: Set = "OPPU", store: Store = None) -> None:
-    """Merge small packs and the catalog's fragments; every version stays. Others may put and read meanwhile."""
+    """Merge small packs and the catalog's fragments; every version stays.
+
+    Others may read meanwhile, and put too unless it is a run's: that is compacted while no run is at work.
+    """
     with _kept_to_itself(run):
         report = _opened(run, set, store).compact()
     typer.echo(

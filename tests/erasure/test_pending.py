@@ -1,4 +1,4 @@
-"""While forgetting is unfinished or a run at work, commands leave its adapters alone; nobody else is forgotten first."""
+"""While forgetting is unfinished or a run at work, commands leave adapters alone; nobody else is forgotten first."""
 
 from __future__ import annotations
 

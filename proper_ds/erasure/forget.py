@@ -1,7 +1,7 @@
 """Forgetting users of one run: every step may be cut short, and the same command again completes the work.
 
-The list of who is kept out is written first, the users' own rows of the prepared data go last: until then their places
-can be found. `proper-ds store forget` calls `forget`.
+For whom it is and the list of who is kept out are written first, the users' own rows of the prepared data go last:
+until then their places can be found. `proper-ds store forget` calls `forget`.
 """
 
 from __future__ import annotations
@@ -311,8 +311,9 @@ def forget(config: RunConfig, root: Path, keys: Sequence[str]) -> tuple[Receipt,
         _check_same_users(run.root, keys, forgotten)
         places = places_of(run, keys, context.prepared_path)
         check_known(run, keys, places, forgotten)
-        forgotten.add(keys, run.root)
+        forgotten.add([], run.root)  # the hashes' own key: without it nobody could tell for whom the work is pending
         work = _Work(context, keys, places, forgotten.hashes_of(keys))
+        forgotten.add(keys, run.root)
         work.retire()
         traces = traces_of(run, places, keys)
         work.leftovers()

@@ -34,7 +34,10 @@ def forget(
         typer.echo(line)
     typer.echo(f"receipt: {path}")
     if not receipt.is_proved:
-        raise StoreError("traces were found that should be gone (see above); run the command again, or look there")
+        raise StoreError(
+            "traces were found that should be gone, or files could not be searched (see above); run the command again,"
+            " or look there"
+        )
 
 
 def receipt_lines(receipt: Receipt) -> list[str]:
@@ -45,15 +48,18 @@ def receipt_lines(receipt: Receipt) -> list[str]:
         lines.append(f"  {kind:<36} {what}")
     if not receipt.removed:
         lines.append("  nothing: all of it was gone already")
-    lines += [f"  not reached: {line}" for line in receipt.not_reached]
+    lines += [f"  not reached: {line}" for line in receipt.not_reached_folders or receipt.not_reached]
     proof = receipt.proof
-    sought = ", ".join(f"{count} of {kind}" for kind, count in proof["num_traces_sought"].items()) or "no others"
+    sought = ", ".join(
+        f"{count:,} of {proof['num_traces'][kind]:,} of {kind}" for kind, count in proof["num_traces_sought"].items()
+    )
     lines.append(
         f"proof: {proof['num_files_read']:,} files read, {proof['num_bytes_read']:,} bytes and"
-        f" {proof['num_bytes_unpacked']:,} unpacked; sought the keys and traces: {sought}"
+        f" {proof['num_bytes_unpacked']:,} unpacked; sought the keys and traces: {sought or 'none'}"
     )
     lines += [f"  FOUND {line}" for line in proof["found"]] or ["  nothing of the users was found"]
-    lines.append("what remains:")
+    lines += [f"  NOT SEARCHED {name}: damaged, it cannot be decompressed" for name in proof["not_decoded"]]
+    lines += [f"  {receipt.out_of_reach}", "what remains:"]
     for stage, about in receipt.remains.items():
         learned = about.get("note") or (
             f"learned from {about['num_items']:,} items and {about['num_questions']:,} questions"

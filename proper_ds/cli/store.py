@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +52,20 @@ def _opened(run: Path | None, name: str, location: str | None) -> AdapterStore:
     if location is not None and not store.catalog.has_anything():
         raise StoreError(f"{location} holds no store: its catalog/ is empty or missing")
     return store
+
+
+@contextmanager
+def _kept_to_itself(run: Path | None) -> Iterator[None]:
+    """Keep runs and forgetting out of a run's folder while the block changes its adapters or what is on record."""
+    from proper_ds.erasure.forget import check_nothing_pending
+    from proper_ds.run_folder import RunFolder
+
+    if run is None or not (run / "config.yaml").exists():
+        yield  # a store of its own, or no run: opening it says so
+        return
+    with RunFolder(run).locked():
+        check_nothing_pending(run)
+        yield
 
 
 @app.command()
@@ -104,16 +120,17 @@ def get(
     It goes on top of the base with `population/adapter` merged in; in the sets `proper` and `proper-released` it was
     fitted with that run's group experts in place, which no PEFT directory can hold.
     """
-    from proper_ds.erasure.exports import record_export
+    from proper_ds.erasure.exports import export
     from proper_ds.model.adapter_file import peft_config, save_peft
 
-    row_P, layout = _opened(run, set, None).get_exact(user)
-    # what the population adapter was made for, whatever the run's YAML says by now
-    made_for = json.loads((run / "population/adapter/adapter_config.json").read_text(encoding="utf-8"))
-    base = str(run / "base") if (run / "base").exists() else made_for["base_model_name_or_path"]
-    modules = sorted({module.name.rsplit(".", 1)[-1] for module in layout.modules})
-    save_peft(out, row_P, layout, peft_config(layout, modules, 0.0, base, made_for["revision"]))
-    record_export(run, user, set, out)
+    with _kept_to_itself(run):
+        row_P, layout = _opened(run, set, None).get_exact(user)
+        # what the population adapter was made for, whatever the run's YAML says by now
+        made_for = json.loads((run / "population/adapter/adapter_config.json").read_text(encoding="utf-8"))
+        base = str(run / "base") if (run / "base").exists() else made_for["base_model_name_or_path"]
+        modules = sorted({module.name.rsplit(".", 1)[-1] for module in layout.modules})
+        config = peft_config(layout, modules, 0.0, base, made_for["revision"])
+        export(run, user, set, out, lambda folder: save_peft(folder, row_P, layout, config))
     typer.echo(f"adapter of user {user!r} ({layout.num_parameters:,} numbers): {out}")
 
 
@@ -126,7 +143,8 @@ def rollback(
     version: Annotated[int | None, typer.Option(min=1, help="The one before the current one unless given.")] = None,
 ) -> None:
     """Make an earlier version of a user's adapter current again; a later version outweighs it."""
-    entry = _opened(run, set, store).rollback(user, version)
+    with _kept_to_itself(run):
+        entry = _opened(run, set, store).rollback(user, version)
     typer.echo(f"user {user!r}: version {entry.version} is current")
 
 
@@ -148,8 +166,12 @@ def _some(lines: tuple[str, ...]) -> str:
 
 @app.command()
 def compact(run: Run = None, set: Set = "OPPU", store: Store = None) -> None:
-    """Merge small packs and the catalog's fragments; every version stays. Others may put and read meanwhile."""
-    report = _opened(run, set, store).compact()
+    """Merge small packs and the catalog's fragments; every version stays.
+
+    Others may read meanwhile, and put too unless it is a run's: that is compacted while no run is at work.
+    """
+    with _kept_to_itself(run):
+        report = _opened(run, set, store).compact()
     typer.echo(
         f"{report.num_files_before:,} files of {report.num_bytes_before:,} bytes before,"
         f" {report.num_files:,} files of {report.num_bytes:,} bytes now"

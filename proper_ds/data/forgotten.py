@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from proper_ds.errors import DataError
@@ -50,8 +50,12 @@ class Forgotten:
 
     def add(self, keys: Sequence[str], root: Path) -> None:
         """Put users on the list, durably."""
-        self._hashes |= {self._hash(key) for key in keys}
+        self._hashes |= self.hashes_of(keys)
         write_json_atomic(root / FORGOTTEN, {"salt": self._salt, "hashes": sorted(self._hashes)})
+
+    def hashes_of(self, keys: Iterable[str]) -> set[str]:
+        """What stands for these users on the list, whether they are on it or not."""
+        return {self._hash(key) for key in keys}
 
     def _hash(self, key: str) -> str:
         salt = bytes.fromhex(self._salt)

@@ -1,17 +1,20 @@
 """`exports.jsonl` of a run: which adapters were written elsewhere, so that forgetting a user reaches them too.
 
-`proper-ds store get` adds to it.
+`proper-ds store get` writes through `export`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import os
+import shutil
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from proper_ds.errors import DataError
-from proper_ds.files import digest_of_file, sync_folder, write_text_atomic
+from proper_ds.files import atomic_path, digest_of_file, sync_folder, write_text_atomic
 from proper_ds.model.adapter_file import CONFIG, WEIGHTS
 
 EXPORTS = "exports.jsonl"
@@ -31,11 +34,22 @@ class Export:
     digest: str
 
 
-def record_export(run: Path, user: str, adapter_set: str, folder: Path) -> None:
-    """Note that a user's adapter was written to `folder`."""
-    export = Export(user, adapter_set, str(folder.resolve()), digest_of_file(folder / WEIGHTS))
-    with (run / EXPORTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(export), ensure_ascii=False) + "\n")
+def export(run: Path, user: str, adapter_set: str, folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a user's adapter to `folder`, on record before anything of it is there.
+
+    Args:
+        write: writes the PEFT directory to a folder, here one within the run.
+    """
+    with TemporaryDirectory(prefix=".export-", suffix=".tmp", dir=run) as made:
+        write(Path(made))
+        record = Export(user, adapter_set, str(folder.resolve()), digest_of_file(Path(made) / WEIGHTS))
+        with (run / EXPORTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name in (WEIGHTS, CONFIG):
+            with atomic_path(folder / name) as path:
+                shutil.copyfile(Path(made) / name, path)
 
 
 def read_exports(run: Path) -> list[Export]:
@@ -44,41 +58,64 @@ def read_exports(run: Path) -> list[Export]:
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
-            found.append(Export(**json.loads(line)))
+            found += [Export(**json.loads(line))] if line else []
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}, line {number} cannot be read ({error}); mend or remove the line") from None
     return found
 
 
-def erase_exports(run: Path, users: Collection[str]) -> tuple[int, int, list[str]]:
-    """Delete what was exported of the users, and the lines that say so.
+@dataclass(frozen=True)
+class ErasedExports:
+    """What became of the users' exports.
 
-    Returns:
-        Folders deleted, their bytes, and one line for each export that could not be reached.
+    Attributes:
+        folders: those it was deleted in.
+        not_reached: (folder, why) for each folder that does not hold what was written there.
     """
-    exports = read_exports(run)
-    num_folders = num_bytes = 0
-    not_reached = []
-    for export in exports:
-        if export.user not in users:
-            continue
-        folder = Path(export.folder)
+
+    folders: list[str]
+    num_bytes: int
+    not_reached: list[tuple[str, str]]
+
+
+def erase_exports(run: Path, users: Collection[str]) -> ErasedExports:
+    """Delete what was exported of the users; the records stay until `erase_records`."""
+    digests: dict[str, set[str]] = {}
+    for record in read_exports(run):
+        if record.user in users:
+            digests.setdefault(record.folder, set()).add(record.digest)
+    num_bytes, done, not_reached = 0, list[str](), list[tuple[str, str]]()
+    for name, recorded in digests.items():
+        folder = Path(name)
         weights = folder / WEIGHTS
+        num_bytes += _delete([path for half in (WEIGHTS, CONFIG) for path in folder.glob(f".{half}.*.tmp")])
         if not weights.exists():
-            not_reached.append(f"{folder}: not there any more; if it was moved or copied, delete it there")
-        elif digest_of_file(weights) != export.digest:
-            not_reached.append(f"{folder}: holds other weights than were exported; left alone")
+            not_reached.append((name, "not there any more; if it was moved or copied, delete it there"))
+        elif digest_of_file(weights) not in recorded:
+            not_reached.append((name, "holds other weights than were exported; left alone"))
         else:
-            for path in (weights, folder / CONFIG):
-                num_bytes += path.stat().st_size if path.exists() else 0
-                path.unlink(missing_ok=True)
+            num_bytes += _delete([folder / CONFIG, weights])
+            done.append(name)
+        if folder.is_dir():
             sync_folder(folder)
-            num_folders += 1
             if not any(folder.iterdir()):
                 folder.rmdir()
-    if exports:
-        kept = [json.dumps(asdict(export), ensure_ascii=False) for export in exports if export.user not in users]
-        write_text_atomic(run / EXPORTS, "".join(line + "\n" for line in kept))
-    return num_folders, num_bytes, not_reached
+    return ErasedExports(done, num_bytes, not_reached)
+
+
+def _delete(paths: list[Path]) -> int:
+    num_bytes = sum(path.stat().st_size for path in paths if path.exists())
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return num_bytes
+
+
+def erase_records(run: Path, users: Collection[str], folders: Collection[str] | None = None) -> None:
+    """Leave out the records of the users' exports, those to `folders` or all."""
+    exports = read_exports(run)
+    kept = [each for each in exports if each.user not in users or (folders is not None and each.folder not in folders)]
+    if len(kept) < len(exports):
+        lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in kept]
+        write_text_atomic(run / EXPORTS, "".join(lines))

@@ -1,14 +1,14 @@
 """Forgetting users of one run: every step may be cut short, and the same command again completes the work.
 
-The list of who is kept out is written first, the users' own rows of the prepared data go last: until then their places
-can be found. `proper-ds store forget` calls `forget`.
+For whom it is and the list of who is kept out are written first, the users' own rows of the prepared data go last:
+until then their places can be found. `proper-ds store forget` calls `forget`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.manifest import Manifest
 from proper_ds.erasure import rows
-from proper_ds.erasure.exports import erase_exports
+from proper_ds.erasure.exports import erase_exports, erase_records
 from proper_ds.erasure.people import Traces, check_known, places_of, stores_of, traces_of
 from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
 from proper_ds.erasure.rows import Taken
-from proper_ds.erasure.scan import Scan, mention_pattern, scan
+from proper_ds.erasure.scan import Scan, scan
 from proper_ds.errors import UserError
 from proper_ds.evaluation.results import read_predictions, write_lamp_files
 from proper_ds.files import write_json_atomic
 from proper_ds.run_folder import RunFolder, StageFolder, stage_of
 from proper_ds.store.elsewhere import location_of, open_store
+from proper_ds.store.mentions import mention_pattern
 from proper_ds.training.context import RunContext
 from proper_ds.training.rank_stage import CHECKPOINT
 
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 FOLDER, PENDING = "forgotten", "pending.json"
 BY_PLACE = ("tokens", "features", "predictions")
 """Stages that know users by index alone."""
+OUT_OF_REACH = (
+    "Not searched: Ray's own logs (its temporary folder on each node, the driver log of a job), output of the terminal"
+    " that was redirected to files, and what file systems, object stores and backups keep of deleted files."
+)
 
 
 @dataclass
@@ -45,7 +50,9 @@ class Receipt:
         removed: by kind, rows, files and bytes.
         remains: what shared stages learned from the users, by stage.
         sources: the caller's own files in which the users still stand.
-        not_reached: exported adapters that are not where they were written.
+        not_reached: exported adapters that are not where they were written, by number: folders are often named after
+            users.
+        not_reached_folders: the same with their folders, for the terminal; never written to disk.
         proof: what was read back, and everything found there that should be gone.
     """
 
@@ -56,12 +63,18 @@ class Receipt:
     how_to_remove: str = RETRAIN
     sources: list[str] = field(default_factory=list)
     not_reached: list[str] = field(default_factory=list)
+    not_reached_folders: list[str] = field(default_factory=list)
+    out_of_reach: str = OUT_OF_REACH
     proof: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written to disk."""
+        return {name: value for name, value in asdict(self).items() if name != "not_reached_folders"}
 
     @property
     def is_proved(self) -> bool:
-        """Whether nothing was found that should be gone."""
-        return not self.proof["found"]
+        """Whether nothing was found that should be gone, in files that could all be read."""
+        return not self.proof["found"] and not self.proof["not_decoded"]
 
 
 def check_nothing_pending(root: Path) -> None:
@@ -72,12 +85,26 @@ def check_nothing_pending(root: Path) -> None:
         )
 
 
+def _check_same_users(root: Path, keys: Sequence[str], forgotten: Forgotten) -> None:
+    """Raise UserError where forgetting was cut short for somebody who is not among these users."""
+    path = root / FOLDER / PENDING
+    if path.exists():
+        begun = set(json.loads(path.read_text(encoding="utf-8"))["users"])
+        if num_left := len(begun - forgotten.hashes_of(keys)):
+            raise UserError(
+                f"{root}: forgetting {len(begun):,} users was cut short there, and {num_left:,} of them are not among"
+                " those given now; give them all, with others if you like (who they are is kept as keyed hashes only)"
+            )
+
+
 class _Work:
     """One call of `forget`; what it has done so far is kept in `pending.json`, in case it is cut short."""
 
-    def __init__(self, context: RunContext, keys: Sequence[str], places: dict[str, int]) -> None:
+    def __init__(
+        self, context: RunContext, keys: Sequence[str], places: dict[str, int], hashes: Collection[str]
+    ) -> None:
         self.context, self.run = context, context.folder
-        self.keys, self.places = keys, places
+        self.keys, self.hashes = frozenset(keys), sorted(hashes)
         self.indices = sorted(places.values())
         pattern = mention_pattern(keys)
         self.mentions: Callable[[str], bool] = lambda text: bool(
@@ -88,14 +115,15 @@ class _Work:
         if self._pending.exists():
             before = json.loads(self._pending.read_text(encoding="utf-8"))
             for name in ("removed", "remains", "not_reached"):
-                setattr(self.receipt, name, before[name])
+                setattr(self.receipt, name, before["receipt"][name])
+        self.save()
         if not self.receipt.remains:
             self.receipt.remains = learned_from(context, self.indices)
         self.save()
 
     def save(self) -> None:
         """Write down what was done."""
-        write_json_atomic(self._pending, asdict(self.receipt))
+        write_json_atomic(self._pending, {"users": self.hashes, "receipt": self.receipt.to_json()})
 
     def note(self, kind: str, taken: Taken) -> None:
         """Add to what was removed."""
@@ -139,10 +167,13 @@ class _Work:
 
     def exports(self) -> None:
         """Adapters written elsewhere."""
-        num_folders, num_bytes, not_reached = erase_exports(self.run.root, self.keys)
-        self.receipt.not_reached += not_reached
-        self.note("exported adapters", Taken(num_folders, num_folders, num_bytes))
+        erased = erase_exports(self.run.root, self.keys)
+        self.note("exported adapters", Taken(len(erased.folders), len(erased.folders), erased.num_bytes))
+        if erased.not_reached:
+            self.receipt.not_reached = [f"{n}: {why}" for n, (_, why) in enumerate(erased.not_reached, start=1)]
+            self.receipt.not_reached_folders = [f"{folder}: {why}" for folder, why in erased.not_reached]
         self.save()
+        erase_records(self.run.root, self.keys, erased.folders)  # the others last of all: they are told again
 
     def retire(self) -> None:
         """Move aside what was made from data in another order, as the next run would."""
@@ -205,13 +236,14 @@ class _Work:
             self.note("prepared data", rows.erase_prepared(prepared, self.keys, self.mentions))
         elif prepared.exists():
             self.note("prepared data", rows.delete(prepared))
+        erase_records(self.run.root, self.keys)
 
     def prove(self, traces: Traces) -> None:
         """Read everything back."""
         foreign = _drop_foreign(self.run, traces)
         elsewhere = [found for path in stores_of(self.run) if isinstance(found := location_of(path), str)]
         others = [Path(location) for location in elsewhere if "://" not in location]
-        result = scan(self.run.root, self.keys, traces.by_kind, others)
+        result = scan(self.run.root, sorted(self.keys), traces.by_kind, others)
         remote = [location for location in elsewhere if "://" in location]
         self.receipt.proof = _proof(result, traces, foreign) | {"stores_not_searched_by_bytes": remote}
 
@@ -219,7 +251,7 @@ class _Work:
         """Write the receipt."""
         name = f"receipt-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}.json"
         path = self.run.root / FOLDER / name
-        write_json_atomic(path, asdict(self.receipt))
+        write_json_atomic(path, self.receipt.to_json())
         self._pending.unlink()
         return path
 
@@ -246,8 +278,10 @@ def _proof(result: Scan, traces: Traces, num_foreign: int) -> dict[str, Any]:
         "num_bytes_read": result.num_bytes,
         "num_bytes_unpacked": result.num_unpacked_bytes,
         "num_traces_sought": {kind: len(found) for kind, found in traces.by_kind.items()},
+        "num_traces": traces.num_found,
         "num_traces_others_have_too": num_foreign,
         "found": [f"{name}: {kind}" for name, kind in result.found if name not in in_base or kind != "key"],
+        "not_decoded": result.not_decoded,
         "words_of_the_base": in_base,
     }
 
@@ -264,7 +298,7 @@ def forget(config: RunConfig, root: Path, keys: Sequence[str]) -> tuple[Receipt,
         The receipt, and the file it was written to.
 
     Raises:
-        UserError: while a run is at work there.
+        UserError: while a run is at work there, or where forgetting others was cut short.
         StoreError: for keys of whom the run has nothing; then nobody is forgotten.
     """
     import torch
@@ -274,10 +308,12 @@ def forget(config: RunConfig, root: Path, keys: Sequence[str]) -> tuple[Receipt,
     run = context.folder
     with run.locked():
         forgotten = Forgotten.read(run.root)
+        _check_same_users(run.root, keys, forgotten)
         places = places_of(run, keys, context.prepared_path)
         check_known(run, keys, places, forgotten)
+        forgotten.add([], run.root)  # the hashes' own key: without it nobody could tell for whom the work is pending
+        work = _Work(context, keys, places, forgotten.hashes_of(keys))
         forgotten.add(keys, run.root)
-        work = _Work(context, keys, places)
         work.retire()
         traces = traces_of(run, places, keys)
         work.leftovers()
@@ -287,6 +323,6 @@ def forget(config: RunConfig, root: Path, keys: Sequence[str]) -> tuple[Receipt,
         work.stages()
         work.words()
         work.data()
-        work.receipt.sources = still_in_sources(config, keys)
+        work.receipt.sources = still_in_sources(config, work.keys)
         work.prove(traces)
         return work.receipt, work.finish()

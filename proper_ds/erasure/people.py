@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.manifest import MANIFEST, Manifest
@@ -19,23 +17,49 @@ from proper_ds.data.tokens import TokenData
 from proper_ds.erasure.exports import read_exports
 from proper_ds.errors import DataError, StoreError
 from proper_ds.run_folder import RunFolder
+from proper_ds.store.codec import decode, record_bytes
 from proper_ds.store.elsewhere import all_stores, open_store
+from proper_ds.store.index import STORED
+from proper_ds.store.packs import PackHeader, read_header, read_unchecked
+from proper_ds.store.store import AdapterStore
 from proper_ds.training.features import FeatureData
 
 MIN_TEXT_BYTES, MIN_TOKENS, ROW_BYTES, NUM_OF_A_KIND = 24, 16, 64, 8
 """What is short may stand anywhere by chance, or be somebody else's too; so many traces of each kind will do."""
+MAX_SOUGHT = 2_000
+"""Traces of a kind over all users: every file is searched for each of them."""
+MIN_DISTINCT = 8
+"""Different bytes in a stretch of an adapter, for it not to be zeros or padding."""
+MAX_TOLD = 20
 
 
-@dataclass
 class Traces:
-    """Bytes that nobody but the users has written into the run, by kind: `text`, `tokens`, `features`, `adapter`."""
+    """Bytes that nobody but the users has written into the run, by kind: `text`, `tokens`, `features`, `adapter`.
 
-    by_kind: dict[str, list[bytes]] = field(default_factory=dict)
+    Attributes:
+        by_kind: those to look for, no more than MAX_SOUGHT of a kind.
+        num_found: of all that were found.
+    """
+
+    def __init__(self) -> None:
+        self.by_kind: dict[str, list[bytes]] = {}
+        self.num_found: dict[str, int] = {}
+        self._by_owner: dict[str, list[list[bytes]]] = {}
 
     def add(self, kind: str, found: Sequence[bytes]) -> None:
-        """Take the longest of what was found of one user."""
-        longest = sorted(set(found), key=lambda trace: (-len(trace), trace))[:NUM_OF_A_KIND]
-        self.by_kind.setdefault(kind, []).extend(longest)
+        """Take the longest of what was found of one user, or of one adapter."""
+        longest = sorted(set(found), key=lambda trace: (-len(trace), trace))
+        self.num_found[kind] = self.num_found.get(kind, 0) + len(longest)
+        self._by_owner.setdefault(kind, []).append(longest[:NUM_OF_A_KIND])
+
+    def choose(self) -> None:
+        """Fill `by_kind`: one of everybody before the second of anybody, evenly over all where it is too many."""
+        for kind, owners in self._by_owner.items():
+            chosen = list[bytes]()
+            for turn in range(NUM_OF_A_KIND):
+                held, room = [own[turn] for own in owners if turn < len(own)], MAX_SOUGHT - len(chosen)
+                chosen += [held[n * len(held) // room] for n in range(room)] if len(held) > room else held
+            self.by_kind[kind] = chosen
 
 
 def places_of(run: RunFolder, keys: Sequence[str], prepared: Path) -> dict[str, int]:
@@ -70,10 +94,12 @@ def check_known(run: RunFolder, keys: Sequence[str], places: dict[str, int], for
     ]
     if not unknown:
         return
-    lines = []
-    for key in unknown:
-        near = difflib.get_close_matches(key, [*_some_keys(run)], n=1)
+    lines, known = list[str](), [*_some_keys(run)]
+    for key in unknown[:MAX_TOLD]:
+        near = difflib.get_close_matches(key, known, n=1)
         lines.append(f"no user {key!r} in {run.root}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if len(unknown) > MAX_TOLD:
+        lines.append(f"and {len(unknown) - MAX_TOLD:,} more")
     raise StoreError("\n".join([*lines, "nobody was forgotten; keys are those of the data"]))
 
 
@@ -97,41 +123,64 @@ def _some_keys(run: RunFolder, limit: int = 100_000) -> Iterator[str]:
 def traces_of(run: RunFolder, places: dict[str, int], keys: Sequence[str]) -> Traces:
     """What to look for once it should be gone. Takes what is there: a run may have stopped at any stage."""
     traces = Traces()
-    for key, index in places.items():
-        user = _row(run, index, key)
-        if user is not None:
-            texts = [item.text for item in user.history] + [query.input for query in user.queries]
-            texts += [item.answer for item in user.history]
-            traces.add("text", [text.encode() for text in texts if len(text.encode()) >= MIN_TEXT_BYTES])
-        if run.stage("tokens").inputs() is not None:
-            tokens = TokenData(run.stage("tokens").path)
+    for user in _rows(run, places):
+        texts = [item.text for item in user.history] + [query.input for query in user.queries]
+        texts += [item.answer for item in user.history]
+        traces.add("text", [text.encode() for text in texts if len(text.encode()) >= MIN_TEXT_BYTES])
+    if run.stage("tokens").inputs() is not None:
+        tokens = TokenData(run.stage("tokens").path)
+        for index in places.values():
             rows = tokens.examples_of(*tokens.range_of(index)) if index < tokens.num_users else []
             long = [row.ids.astype(np.int32).tobytes() for row in rows if len(row.ids) >= MIN_TOKENS and row.ids.any()]
             traces.add("tokens", long)
-        if run.stage("features").inputs() is not None:
-            features = FeatureData(run.stage("features").path)
+    if run.stage("features").inputs() is not None:
+        features = FeatureData(run.stage("features").path)
+        for index in places.values():
             if features.has(index):
                 rows_IF = features.items(index).contiguous().numpy()
                 traces.add("features", [row.tobytes()[:ROW_BYTES] for row in rows_IF])
     for path in stores_of(run):
-        store = open_store(path)
-        for key in keys:
-            if store.has(key):
-                try:
-                    row_P, _ = store.get_exact(key)
-                except StoreError:  # damaged: forgetting the store's rows will say so
-                    continue
-                start = (len(row_P) // 2) * 4
-                halves = row_P.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-                traces.add("adapter", [row_P.numpy().tobytes()[start : start + ROW_BYTES]])
-                traces.add("adapter", [halves[start // 2 : start // 2 + ROW_BYTES]])
+        for found in _adapters(open_store(path), keys):
+            traces.add("adapter", found)
+    traces.choose()
     return traces
 
 
-def _row(run: RunFolder, index: int, key: str) -> User | None:
+def _rows(run: RunFolder, places: dict[str, int]) -> Iterator[User]:
+    """The users' prepared rows, as far as they are there; every row group is read once at most."""
     try:
         prepared = PreparedData(run.stage("prepared").path)
     except (DataError, FileNotFoundError):
-        return None
-    user = next(prepared.users(index, index + 1), None)
-    return user if user is not None and user.key == key else None
+        return
+    wanted = np.asarray(sorted(places.values()), np.int64)
+    for shard in prepared.manifest.shards:
+        inside = wanted[slice(*np.searchsorted(wanted, [shard.first, shard.first + shard.num_users]))]
+        if len(inside):
+            users = prepared.users(int(inside[0]), int(inside[-1]) + 1)
+            yield from (user for user in users if user.key in places)
+
+
+def _adapters(store: AdapterStore, keys: Sequence[str]) -> Iterator[list[bytes]]:
+    """For each stored version of the users' adapters a stretch of its bytes as stored, and of its numbers in fp32."""
+    index, headers = store.catalog.load().index, dict[str, PackHeader]()
+    stored = index.is_status(STORED)
+    for row in (row for key in keys for row in index.rows_of(key) if stored[row]):
+        place = index.place_at(row)
+        try:
+            if place.pack not in headers:
+                headers[place.pack] = read_header(store.files, place.pack)
+            header = headers[place.pack]
+            record = read_unchecked(store.files, [(header, place)])
+        except (StoreError, FileNotFoundError):  # no bytes to look for
+            continue
+        own = header.layout.with_rank(place.rank)
+        num_value_bytes, _ = record_bytes(own, header.dtype)  # the scales lie elsewhere in the pack
+        stretches = [_stretch(record[0, :num_value_bytes].tobytes())]
+        stretches.append(_stretch(decode(record, own, header.dtype).numpy().tobytes()))
+        yield [stretch for stretch in stretches if len(set(stretch)) >= MIN_DISTINCT]
+
+
+def _stretch(data: bytes) -> bytes:
+    """Some bytes out of an adapter, from where they differ most."""
+    starts = range(0, max(1, len(data) - ROW_BYTES + 1), max(ROW_BYTES, len(data) // 64 // 4 * 4))
+    return max((data[start : start + ROW_BYTES] for start in starts), key=lambda stretch: len(set(stretch)))

@@ -66,7 +66,8 @@ def delete(path: Path) -> Taken:
 
 def erase_lines(path: Path, is_theirs: Callable[[str], bool]) -> Taken:
     """Leave lines out of a text file."""
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")  # JSON may hold what splitlines splits at
+    lines = [line + "\n" for line in lines[:-1]] + lines[-1:]
     kept = [line for line in lines if not is_theirs(line)]
     if len(kept) == len(lines):
         return Taken()
@@ -107,8 +108,16 @@ def erase_prepared(folder: Path, keys: Collection[str], mentions: Callable[[str]
         path.unlink()
     problems = folder / PROBLEMS_FILE
     if problems.exists():
-        taken += erase_lines(problems, lambda line: json.loads(line).get("user") in keys or mentions(line))
+        taken += erase_lines(problems, lambda line: mentions(line) or _user_of(line) in keys)
     return taken
+
+
+def _user_of(line: str) -> str | None:
+    try:
+        user: str | None = json.loads(line).get("user")
+    except ValueError:  # cut short
+        return None
+    return user
 
 
 def _counted_without(manifest: Manifest, lost: list[dict[str, Any]]) -> Manifest:
@@ -210,11 +219,12 @@ def _write_stream(batches: Iterable[tuple[pa.RecordBatch, int]], path: Path) -> 
 
 def erase_features(folder: Path, users: Collection[int]) -> Taken:
     """Take the users' features out; to readers they are users without history."""
-    taken = Taken()
+    taken, theirs = Taken(), np.asarray(sorted(users), np.int64)
     for path in sorted(folder.glob("unit-*.safetensors")):
         first, tensors = int(path.stem.removeprefix("unit-")), load_file(path)
         counts_U = tensors["counts"]
-        rows = [user - first for user in users if 0 <= user - first < len(counts_U) and counts_U[user - first]]
+        inside = theirs[slice(*np.searchsorted(theirs, [first, first + len(counts_U)]))] - first
+        rows = [row for row in inside.tolist() if counts_U[row]]
         if not rows:
             continue
         parts = list(tensors["items"].split(counts_U.tolist()))

@@ -1,14 +1,14 @@
 """The proof: every file below a folder is read, decompressed where it is compressed, and searched.
 
-Keys are looked for as whole words and as whole cells of tables; a short one, which may be any number or label, only
-where it is said to be a user. All other traces are looked for as bytes.
+Keys are looked for as `mention_pattern` says and as whole cells of tables, short ones only in columns of users. All
+other traces are looked for as bytes.
 """
 
 from __future__ import annotations
 
 import gzip
 import mmap
-import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-LONG_KEY_BYTES = 6
+from proper_ds.store.mentions import is_long, mention_pattern
+
 CHUNK_BYTES = 1 << 24
+_TABLES = (".parquet", ".arrow", ".arrows")
 
 
 @dataclass
@@ -27,31 +29,39 @@ class Scan:
 
     Attributes:
         num_bytes: on disk.
-        num_unpacked_bytes: of Parquet columns and gzip streams, decompressed, besides.
+        num_unpacked_bytes: of columns of tables and of gzip streams, decompressed, besides.
         found: (file, kind of trace) of everything that should not be there.
+        not_decoded: files that are compressed but could not be decompressed: nobody knows what is in them.
     """
 
     num_files: int = 0
     num_bytes: int = 0
     num_unpacked_bytes: int = 0
     found: list[tuple[str, str]] = field(default_factory=list)
+    not_decoded: list[str] = field(default_factory=list)
 
 
-def is_long(key: str) -> bool:
-    """Whether a key is long enough not to be found by chance."""
-    return len(key.encode("utf-8", "surrogatepass")) >= LONG_KEY_BYTES
+class _Sought:
+    """Keys and traces, made ready once for all files."""
 
+    def __init__(self, keys: Sequence[str], traces: dict[str, list[bytes]]) -> None:
+        self.traces, self._pattern = traces, mention_pattern(keys)
+        self._users, self._long = pa.array(keys, pa.string()), pa.array(filter(is_long, keys), pa.string())
+        lengths = [len(key.encode()) for key in keys] + [len(trace) for found in traces.values() for trace in found]
+        self.longest = max([*lengths, 1]) + 32
+        """Bytes that one of them may need, with what stands around a key."""
 
-def mention_pattern(keys: Sequence[str]) -> re.Pattern[bytes]:
-    """Matches where a text speaks of one of the users: see the module's docstring. Without users it matches nothing."""
-    either = [] if keys else [b"(?!)"]
-    for key in keys:
-        word = re.escape(key.encode("utf-8", "surrogatepass"))
-        if is_long(key):
-            either.append(rb"(?<![0-9A-Za-z_])" + word + rb"(?![0-9A-Za-z_])")
-        else:
-            either.append(rb"user[\"']?:? ?[\"']" + word + rb"[\"']")
-    return re.compile(b"|".join(either))
+    def in_bytes(self, data: bytes | mmap.mmap) -> set[str]:
+        """Kinds found in bytes."""
+        found = {kind for kind, wanted in self.traces.items() if any(data.find(trace) >= 0 for trace in wanted)}
+        return found | {"key"} if self._pattern.search(data) else found
+
+    def in_cells(self, column: str, values: pa.Array) -> set[str]:
+        """Kinds found in the cells of a table's column."""
+        sought = self._users if column == "user" else self._long
+        found = {"key"} if pc.any(pc.is_in(values, value_set=sought.cast(values.type))).as_py() else set[str]()
+        data = values.buffers()[-1]
+        return found | self.in_bytes(data.to_pybytes()) if data else found
 
 
 def scan(folder: Path, keys: Sequence[str], traces: dict[str, list[bytes]], others: Sequence[Path] = ()) -> Scan:
@@ -61,62 +71,58 @@ def scan(folder: Path, keys: Sequence[str], traces: dict[str, list[bytes]], othe
         traces: bytes by kind.
         others: more folders to search; what is found there is named by its whole path.
     """
-    result = Scan()
+    result, sought = Scan(), _Sought(keys, traces)
     for root in (folder, *others):
         for path in sorted(root.rglob("*")):
             if path.is_file() and not path.is_symlink():
                 result.num_files += 1
                 result.num_bytes += path.stat().st_size
                 name = str(path.relative_to(folder) if root is folder else path)
-                result.found += [(name, kind) for kind in _search(path, keys, traces, result)]
+                kinds = _search(path, sought)
+                try:
+                    for unpacked, num_bytes in _unpacked(path, sought):
+                        kinds |= unpacked
+                        result.num_unpacked_bytes += num_bytes
+                except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error):
+                    result.not_decoded.append(name)
+                result.found += [(name, kind) for kind in sorted(kinds)]
     return result
 
 
-def _search(path: Path, keys: Sequence[str], traces: dict[str, list[bytes]], result: Scan) -> list[str]:
-    kinds, pattern = set[str](), mention_pattern(keys)
-    if path.stat().st_size:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            kinds |= _in_bytes(mapped, pattern, traces)
-    if path.suffix == ".parquet":
-        for column, values in _cells(path):
-            result.num_unpacked_bytes += values.nbytes
-            searched = [key for key in keys if is_long(key) or column == "user"]
-            if pc.any(pc.is_in(values, value_set=pa.array(searched, pa.string()).cast(values.type))).as_py():
-                kinds.add("key")
-            for buffer in values.buffers()[-1:]:
-                kinds |= _in_bytes(buffer.to_pybytes(), pattern, traces) if buffer else set()
-    if path.suffix == ".gz":
-        kinds |= _in_gzip(path, keys, traces, result)
-    return sorted(kinds)
+def _search(path: Path, sought: _Sought) -> set[str]:
+    if not path.stat().st_size:
+        return set()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return sought.in_bytes(mapped)
 
 
-def _in_bytes(data: bytes | mmap.mmap, pattern: re.Pattern[bytes], traces: dict[str, list[bytes]]) -> set[str]:
-    found = {kind for kind, wanted in traces.items() if any(data.find(trace) >= 0 for trace in wanted)}
-    if pattern.search(data):
-        found.add("key")
-    return found
-
-
-def _in_gzip(path: Path, keys: Sequence[str], traces: dict[str, list[bytes]], result: Scan) -> set[str]:
-    longest = max([len(key.encode()) for key in keys] + [len(t) for found in traces.values() for t in found] + [1]) + 1
-    pattern, found, tail = mention_pattern(keys), set[str](), b""
-    with gzip.open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            result.num_unpacked_bytes += len(chunk)
-            found |= _in_bytes(tail + chunk, pattern, traces)
-            tail = (tail + chunk)[-longest:]
-    return found
-
-
-def _cells(path: Path) -> Iterator[tuple[str, pa.Array]]:
-    """(column, text or binary leaf) of a Parquet file, decompressed, a row group at a time."""
-    with pq.ParquetFile(path) as file:
-        for number in range(file.num_row_groups):
-            table = file.read_row_group(number)
+def _unpacked(path: Path, sought: _Sought) -> Iterator[tuple[set[str], int]]:
+    """Kinds found in each part of a compressed file, and the part's bytes."""
+    if path.suffix in _TABLES:
+        for table in _tables(path):
             for name, column in zip(table.schema.names, table.columns, strict=True):
                 for chunk in column.chunks:
                     for leaf in _leaves(chunk):
-                        yield name, leaf
+                        yield sought.in_cells(name, leaf), leaf.nbytes
+    elif path.suffix == ".gz":
+        tail = b""
+        with gzip.open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield sought.in_bytes(tail + chunk), len(chunk)
+                tail = (tail + chunk)[-sought.longest :]
+
+
+def _tables(path: Path) -> Iterator[pa.Table]:
+    """A Parquet file by row groups, an Arrow stream (tokens, catalogs of stores) by batches, each with dictionaries."""
+    if path.suffix == ".parquet":
+        with pq.ParquetFile(path) as file:
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number)
+        return
+    # a catalog's checksum stands after the stream's end, where its readers do not look
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        for batch in stream:
+            yield pa.Table.from_batches([batch])
 
 
 def _leaves(array: pa.Array) -> Iterator[pa.Array]:

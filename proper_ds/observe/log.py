@@ -19,7 +19,10 @@ def get_logger() -> logging.Logger:
 
 
 def log_to_file(folder: Path, who: str) -> None:
-    """Send this process's log to `folder/<who>.log`; `who` names stage, rank or actor."""
+    """Send this process's log to `folder/<who>.log`, and to no root logger; `who` names stage, rank or actor.
+
+    Lines name users, and forgetting does not reach where Ray keeps what its workers' root loggers say.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"{who.replace('/', '-').replace(' ', '-')}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT.format(who=who)))
@@ -29,6 +32,7 @@ def log_to_file(folder: Path, who: str) -> None:
         old.close()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def log_to_terminal(console: Console) -> None:

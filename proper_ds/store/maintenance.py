@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from proper_ds.store.catalog import (
 from proper_ds.store.codec import record_bytes
 from proper_ds.store.files import Files
 from proper_ds.store.index import STORED, Index
+from proper_ds.store.neighbours import AsFound, damaged, without_mentions
 from proper_ds.store.packs import CHUNK_BYTES, FOLDER, number_of_pack, read_header, read_records, unit_of_pack
 from proper_ds.store.rewrite import packs_to_merge, rewrite
 
@@ -119,7 +120,8 @@ def compact(files: Files, catalog: Catalog) -> CompactReport:
 
 
 def forget(files: Files, catalog: Catalog, users: Iterable[str]) -> ForgetReport:
-    """See AdapterStore."""
+    """See AdapterStore. Damaged records of others in packs written anew are copied as they are, and stay detectable."""
+    users = list(users)
     found = catalog.load()
     index = found.index
     rows_by_user = {user: index.rows_of(user) for user in users}
@@ -127,9 +129,11 @@ def forget(files: Files, catalog: Catalog, users: Iterable[str]) -> ForgetReport
     keep = np.ones(index.table.num_rows, dtype=bool)
     keep[dropped] = False
     stored = index.is_status(STORED) & ~keep
-    if dropped:
-        packs = {index.packs[code] for code in np.unique(index.numbers("pack")[stored])}
-        _replace(files, catalog, found, keep, packs)
+    table, num_blanked = without_mentions(index, users)
+    if dropped or num_blanked:
+        packs = {index.packs[code] for code in np.unique(index.numbers("pack")[stored])} & files.listing(FOLDER).keys()
+        as_found = AsFound(table, index.layouts, damaged(files, index, keep, packs))
+        _replace(files, catalog, replace(found, index=as_found), keep, packs)
     num_packs, num_fragments = _clean(files, catalog, all_orphans=True)
     return ForgetReport(sum(map(bool, rows_by_user.values())), int(stored.sum()), num_packs, num_fragments)
 

@@ -238,6 +238,23 @@ def read_records(files: Files, wanted: Sequence[tuple[PackHeader, Place]]) -> np
         FileNotFoundError: where a pack is missing.
         StoreError: where it does not hold what the catalog says.
     """
+    records = read_unchecked(files, wanted)
+    for record, (_, place) in zip(records, wanted, strict=True):
+        if zlib.crc32(record.data) != place.checksum:
+            raise StoreError(
+                f"pack {files.location}/{FOLDER}/{place.pack}, rank {place.rank}, row {place.row}: the checksum does"
+                " not match; restore the file or train again"
+            )
+    return records
+
+
+def read_unchecked(files: Files, wanted: Sequence[tuple[PackHeader, Place]]) -> np.ndarray:
+    """What `read_records` reads, damaged or not.
+
+    Raises:
+        FileNotFoundError: where a pack is missing.
+        StoreError: where it is cut short.
+    """
     first, place = wanted[0]
     block = first.blocks[place.rank]
     records = np.empty((len(wanted), block.value_bytes + block.scale_bytes), np.uint8)
@@ -248,10 +265,4 @@ def read_records(files: Files, wanted: Sequence[tuple[PackHeader, Place]]) -> np
         if block.scale_bytes:
             spans.append(Span(name, block.scales_start + place.row * block.scale_bytes, record[block.value_bytes :]))
     files.read_into(spans)
-    for record, (_, place) in zip(records, wanted, strict=True):
-        if zlib.crc32(record.data) != place.checksum:
-            raise StoreError(
-                f"pack {files.location}/{FOLDER}/{place.pack}, rank {place.rank}, row {place.row}: the checksum does"
-                " not match; restore the file or train again"
-            )
     return records

@@ -64,7 +64,10 @@ def gone(finished, tmp_path_factory) -> Gone:
     (root / "run/prepared/.staging.sqlite").write_text(user.key)
     with (root / "run/logs/user-actor-0.log").open("a") as log:
         log.write(f"WARNING user {user.key!r} of unit-1 has no adapter: no history\n")
-    proper_ds("store", "get", user.key, "--run", root / "run", "--out", root / "exported")
+    for name in ("proper", "OPPU"):  # one over the other
+        proper_ds("store", "get", user.key, "--run", root / "run", "--set", name, "--out", root / "exported" / user.key)
+    proper_ds("store", "get", user.key, "--run", root / "run", "--out", root / "moved" / user.key)
+    shutil.rmtree(root / "moved")
     output = proper_ds("store", "forget", user.key, "--run", root / "run", "--yes")
     return Gone(yaml, finished.data, root / "run", finished.folder, user, index, output)
 
@@ -98,7 +101,7 @@ def test_no_file_holds_anything_of_the_user(gone):
 
 
 def test_what_was_exported_and_left_lying_is_gone(gone):
-    assert not (gone.folder.parent / "exported").exists()
+    assert [*(gone.folder.parent / "exported").iterdir()] == []
     assert not list((gone.folder / "superseded").glob("tokens-*"))
     assert not (gone.folder / "prepared/.staging.sqlite").exists()
     for name in ("prepared-20260101-000000-000000000", "store-proper-20260101-000000-000000000"):
@@ -146,6 +149,11 @@ def test_the_receipt_says_what_went_what_stays_and_names_nobody(gone):
     assert adapters["num_rows"] == len(SETS) + 1, "and one of those moved aside"
     assert adapters["num_bytes"] > 0
     assert receipt["removed"]["exported adapters"]["num_rows"] == 1
+    assert receipt["not_reached"] == ["1: not there any more; if it was moved or copied, delete it there"]
+    assert f"not reached: {gone.folder.parent}/moved/{gone.user.key}: not there any more" in gone.output
+    assert receipt["proof"]["not_decoded"] == []
+    assert receipt["proof"]["num_traces"]["adapter"] >= receipt["proof"]["num_traces_sought"]["adapter"]
+    assert "Ray's own logs" in receipt["out_of_reach"]
     assert receipt["remains"]["group/proper-released"]["num_items"] == len(gone.user.history)
     assert any(name in line for line in receipt["sources"] for name in FOLDERS)
     assert "nothing of the users was found" in gone.output
@@ -189,6 +197,7 @@ class Crash(BaseException):
 def test_cut_short_anywhere_and_repeated_it_completes(finished, tmp_path, monkeypatch):
     run = finished.folder
     _, user = somebody(run)
+    other = next(key for key in open_store(run / "store/OPPU").users() if key != user.key)
     config = load_config(finished.yaml)
     replace, unlink = Path.replace, Path.unlink
     calls = {"left": 10**9, "made": 0}
@@ -216,7 +225,11 @@ def test_cut_short_anywhere_and_repeated_it_completes(finished, tmp_path, monkey
         with pytest.raises(Crash):
             forget(config, cut, [user.key])
         calls.update(left=10**9, made=0)
+        if (cut / "forgotten/pending.json").exists():
+            with pytest.raises(UserError, match="1 of them are not among those given now"):
+                forget(config, cut, [other])
         receipt, _ = forget(config, cut, [user.key])
+        assert open_store(cut / "store/OPPU").has(other)
         assert receipt.is_proved
         assert receipt.remains["population"]["made"]
         assert [*PreparedData(cut / "prepared").users()] == [*undisturbed.users()]

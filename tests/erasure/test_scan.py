@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper_ds.erasure.scan import mention_pattern, scan
+from proper_ds.erasure.scan import scan
+from proper_ds.store.mentions import mention_pattern
+from proper_ds.store.store import AdapterStore
+from tests.store.stores import put, rows
 
 KEY = "anna-77-long"
 
@@ -52,6 +55,38 @@ def test_a_key_is_found(tmp_path, hide):
     assert [kind for _, kind in result.found] == ["key"]
     assert scan(tmp_path, ["somebody-else"], {}).found == []
     assert result.num_files == 1
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("in_reason", [False, True])
+def test_a_key_is_found_in_the_catalog_of_a_store(tmp_path, compacted, in_reason):
+    store, key = AdapterStore(tmp_path), "person-0150"
+    people = [f"person-{n:04d}" for n in range(200)]
+    if in_reason:
+        put(store, "unit-0", {}, {f"failed-{n}": f"no room beside {who!r}" for n, who in enumerate(people)})
+    else:
+        put(store, "unit-0", dict(zip(people, rows(200), strict=True)))
+    if compacted:
+        store.compact()
+    (path,) = (tmp_path / "catalog").rglob("*.arrows")
+    assert key.encode() not in path.read_bytes(), "it is compressed"
+    result = scan(tmp_path, [key], {})
+    assert (str(path.relative_to(tmp_path)), "key") in result.found
+    assert result.num_unpacked_bytes > 1000
+    assert result.not_decoded == []
+    clean = scan(tmp_path, ["somebody-else"], {"text": [b"nothing like it"]})
+    assert (clean.found, clean.not_decoded) == ([], [])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "json.gz", "arrows"])
+def test_what_cannot_be_decompressed_is_not_passed(tmp_path, ending):
+    hide_gzip(tmp_path / "file")
+    hide_cells(tmp_path / "file")
+    with pa.ipc.new_stream(tmp_path / "file.arrows", pa.schema([("user", pa.string())])) as writer:
+        writer.write_table(pa.table({"user": ["b"] * 100}))
+    path = tmp_path / f"file.{ending}"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert scan(tmp_path, ["nobody-here"], {}).not_decoded == [path.name]
 
 
 def test_traces_are_found_inside_compressed_columns(tmp_path):

@@ -28,6 +28,7 @@ from proper_ds.bench.store_sides import (
     some_of,
     sync_files,
 )
+from proper_ds.errors import UserError
 from proper_ds.model.adapter_file import peft_config
 from proper_ds.model.lora import LoraLayout, ModuleShape
 
@@ -42,6 +43,8 @@ def run(num_users: int, adapter_bytes: int, num_repeats: int, scratch: Path | No
     random.seed(0)
     adapters = _adapters(adapter_bytes, min(num_users, NUM_DISTINCT))
     num_sampled = min(num_users, max(BATCH, num_users // 10))
+    if scratch is not None and not scratch.is_dir():
+        raise UserError(f"--scratch {scratch} is no folder; give one on the disk to measure, or leave it out")
     with tempfile.TemporaryDirectory(dir=scratch, prefix="bench-store-") as folder:
         store = StoreSide(Path(folder, "store"), adapters)
         directories = DirectorySide(Path(folder, "directories"), adapters, synced=True)

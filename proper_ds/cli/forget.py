@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proper_ds.errors import StoreError
+from proper_ds.errors import StoreError, UserError
 
 if TYPE_CHECKING:
     from proper_ds.erasure.forget import Receipt
@@ -27,6 +28,8 @@ def forget(
 
     if not (run / "config.yaml").exists():
         raise StoreError(f"{run} is no run's folder: it has no config.yaml")
+    if not yes and not sys.stdin.isatty():
+        raise UserError("forgetting cannot be undone and asks before it begins; without a terminal, give --yes")
     if not yes:
         typer.confirm(f"Forget {', '.join(map(repr, users))} in {run}? This cannot be undone.", abort=True)
     receipt, path = erase(load_config(run / "config.yaml"), run, users)

@@ -245,7 +245,10 @@ class _Work:
         others = [Path(location) for location in elsewhere if "://" not in location]
         result = scan(self.run.root, sorted(self.keys), traces.by_kind, others)
         remote = [location for location in elsewhere if "://" in location]
-        self.receipt.proof = _proof(result, traces, foreign) | {"stores_not_searched_by_bytes": remote}
+        root = self.run.root.resolve()
+        sources = [Path(path) for path in self.context.config.data.path]
+        own = [str(path.relative_to(root)) for path in sources if path.is_relative_to(root)]
+        self.receipt.proof = _proof(result, traces, foreign, own) | {"stores_not_searched_by_bytes": remote}
 
     def finish(self) -> Path:
         """Write the receipt."""
@@ -270,9 +273,12 @@ def _drop_foreign(run: RunFolder, traces: Traces) -> int:
     return num_foreign
 
 
-def _proof(result: Scan, traces: Traces, num_foreign: int) -> dict[str, Any]:
+def _proof(result: Scan, traces: Traces, num_foreign: int, own_data: Sequence[str]) -> dict[str, Any]:
+    """The proof for the receipt; `own_data` are the caller's sources that lie in the run's folder, by name."""
     # a base's vocabulary may have any word
     in_base = [name for name, kind in result.found if kind == "key" and name.startswith("base/")]
+    in_data = sorted({name for name, _ in result.found if any(name == d or name.startswith(f"{d}/") for d in own_data)})
+    excused = {*in_base, *in_data}
     return {
         "num_files_read": result.num_files,
         "num_bytes_read": result.num_bytes,
@@ -280,7 +286,8 @@ def _proof(result: Scan, traces: Traces, num_foreign: int) -> dict[str, Any]:
         "num_traces_sought": {kind: len(found) for kind, found in traces.by_kind.items()},
         "num_traces": traces.num_found,
         "num_traces_others_have_too": num_foreign,
-        "found": [f"{name}: {kind}" for name, kind in result.found if name not in in_base or kind != "key"],
+        "found": [f"{n}: {kind}" for n, kind in result.found if n not in excused or (n in in_base and kind != "key")],
+        "own_data_in_the_run": in_data,
         "not_decoded": result.not_decoded,
         "words_of_the_base": in_base,
     }

@@ -20,6 +20,9 @@ class StoreConfig(Section):
     @field_validator("location")
     @classmethod
     def _shared(cls, value: str | None) -> str | None:
-        if value is not None and value.startswith("memory:"):
-            raise ValueError("memory: is seen by one process only; give a folder, s3:// or gs://")
+        protocol, found, _ = (value or "").partition("://")
+        if found and protocol not in ("file", "s3", "s3a", "gs", "gcs"):
+            raise ValueError(
+                "give a folder, s3:// or gs://: elsewhere one commit may undo another, or nobody else sees it"
+            )
         return value

@@ -323,6 +323,12 @@ def open_files(location: str | Path) -> Files:
         return LocalFiles(Path(location))
     from fsspec.core import url_to_fs
 
+    protocol = location.partition("://")[0]
+    if protocol not in ("file", "local", *EXCLUSIVE_CREATE):
+        raise StoreError(
+            f"store {location}: two writers could both commit to {protocol}://; use a local or shared folder, or one of"
+            f" {', '.join(f'{name}://' for name in EXCLUSIVE_CREATE)}"
+        )
     try:
         file_system, root = url_to_fs(location)
     except (ImportError, ValueError) as error:
@@ -330,9 +336,4 @@ def open_files(location: str | Path) -> Files:
     protocols = {file_system.protocol} if isinstance(file_system.protocol, str) else set(file_system.protocol)
     if "file" in protocols:
         return LocalFiles(Path(root))
-    if not protocols & set(EXCLUSIVE_CREATE):
-        raise StoreError(
-            f"store {location}: two writers could both commit there; use a local or shared folder, or one of"
-            f" {', '.join(EXCLUSIVE_CREATE)}"
-        )
     return RemoteFiles(file_system, root, location)

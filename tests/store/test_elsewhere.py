@@ -140,5 +140,5 @@ def test_stores_elsewhere_are_known_without_the_folders_that_pointed_to_them(fol
 
 
 def test_memory_is_no_place_for_a_run():
-    with pytest.raises(ValidationError, match="one process only"):
+    with pytest.raises(ValidationError, match="give a folder, s3:// or gs://"):
         StoreConfig(location="memory://a")

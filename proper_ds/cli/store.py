@@ -48,7 +48,10 @@ def _opened(run: Path | None, name: str, location: str | None) -> AdapterStore:
 
     if (run is None) == (location is None):
         raise StoreError("give --run with the run's folder, or --store with a folder or URI, and not both")
-    store = open_store(_folder_of(run, name)) if run is not None else AdapterStore(location or "")
+    if run is not None:
+        store = open_store(_folder_of(run, name))
+    else:  # also a folder store/<set> of a run
+        store = open_store(Path(location)) if location and "://" not in location else AdapterStore(location or "")
     if location is not None and not store.catalog.has_anything():
         raise StoreError(f"{location} holds no store: its catalog/ is empty or missing")
     return store

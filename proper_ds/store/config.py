@@ -22,7 +22,5 @@ class StoreConfig(Section):
     def _shared(cls, value: str | None) -> str | None:
         protocol, found, _ = (value or "").partition("://")
         if found and protocol not in ("file", "s3", "s3a", "gs", "gcs"):
-            raise ValueError(
-                "give a folder, s3:// or gs://: elsewhere one commit may undo another, or nobody else sees it"
-            )
+            raise ValueError("give a folder, s3:// or gs://: elsewhere two writers could both commit")
         return value

@@ -134,7 +134,7 @@ def test_early_stopping_ends_a_user_and_changes_nothing_before():
         assert stale == 2 or len(epochs) == 12
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 2_500, 1 << 20], ids=["off", "a few users", "all users"])
+@pytest.mark.parametrize("cache_bytes", [0, 20_000, 1 << 20], ids=["off", "a few users", "all users"])
 def test_adapting_the_top_layers_only_with_states_kept_or_not(cache_bytes):
     settings = settings_for(FEED_FORWARD, lora={"layers": [2, 3]}, cache_bytes=cache_bytes)
     tasks = tasks_for()
@@ -277,3 +277,21 @@ def test_an_update_with_less_history_keeps_the_rank_it_learned():
     task = tasks_for([3])[0]
     _, second = together(settings, [UserTask(task.key, task.examples, initial_row_P=first[0].row_P)])
     assert second[0].row_P.numel() == layout.num_parameters
+
+
+def test_some_states_are_kept_and_some_are_not_within_a_small_budget(monkeypatch):
+    from proper_ds.training.lower import LowerStates
+
+    kept, before = [], LowerStates.keep
+    monkeypatch.setattr(LowerStates, "keep", lambda *given: kept.append(before(*given)) or kept[-1])
+    settings = settings_for(FEED_FORWARD, lora={"layers": [2, 3]}, cache_bytes=20_000)
+    together(settings, tasks_for(), num_layers=4)
+    assert set(kept) == {True, False}
+
+
+def test_slots_by_themselves_change_no_result():
+    tasks = tasks_for()
+    _, chosen = together(settings_for(num_slots="auto"), tasks)
+    _, given = together(settings_for(num_slots=2), tasks)
+    for one, other in zip(chosen, given, strict=True):
+        assert (one.row_P - other.row_P).abs().max() < 1e-12

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from proper_ds.data.batches import Step
+from proper_ds.data.indices import Indices
 from proper_ds.data.tokens import HISTORY, Example
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
@@ -170,7 +171,7 @@ class GroupStage(RankStage):
         """See RankStage."""
         return self.context.config.group
 
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """See RankStage."""
         split = self.context.config.data.train_split
         return training_examples(self.context.tokens, self.settings.train_on, self._users, split, self.section)

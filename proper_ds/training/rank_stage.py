@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from proper_ds.data.batches import Step, StepPlan
+from proper_ds.data.indices import Indices
 from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.distributed.engine import RankEngine
@@ -55,7 +56,7 @@ class RankStage(ABC):
         """The stage's section."""
 
     @abstractmethod
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """The examples to learn from."""
 
     @abstractmethod
@@ -97,17 +98,18 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     engine.close()
 
 
-def make_plan(stage: RankStage, num_ranks: int) -> StepPlan:
-    """The stage's order of examples."""
-    tokens, settings, indices = stage.context.tokens, stage.settings, stage.indices()
-    lengths = tokens.column("num_tokens")[indices]
+def make_plan(stage: RankStage, num_ranks: int, train_batch_size: int | None = None) -> StepPlan:
+    """The stage's order of examples, dealt to so many ranks.
+
+    Args:
+        train_batch_size: examples of one step, where a checkpoint has said so; None for what the settings say.
+    """
+    settings = stage.settings
     return StepPlan(
-        indices,
-        lengths,
-        lengths - tokens.column("num_prompt")[indices],
+        stage.indices(),
         num_ranks=num_ranks,
-        per_rank=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
+        per_device=settings.per_device_train_batch_size,
+        train_batch_size=train_batch_size or settings.global_batch_size(num_ranks),
         num_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         seed=seed_of(stage.context.config.seed, stage.name),

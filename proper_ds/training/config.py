@@ -65,6 +65,8 @@ class RankTraining(OptimSettings):
 class PopulationConfig(RankTraining):
     """Stage 1: one LoRA over everybody's data (PROPER, section 3.2; released code: attention, r 8, alpha 16)."""
 
+    packing: bool = False
+    """Fill the room that a micro-batch's longest example leaves with shorter ones, which do not see each other."""
     lora: LoraSettings = LoraSettings(r=8, lora_alpha=16, target_modules=ATTENTION)
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)

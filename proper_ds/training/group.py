@@ -181,7 +181,7 @@ class GroupStage(RankStage):
         made = rank_batch(self.context.tokens, indices, step, self.context.device)
         self._inputs.fill(made, number)
         if self.settings.lora.lora_dropout:
-            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+            made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
 
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from proper_ds.data.batches import Step, StepPlan
+from proper_ds.distributed.apart import Apart
 from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.distributed.engine import RankEngine
@@ -65,6 +67,14 @@ class RankStage(ABC):
     @abstractmethod
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write the result; called on the first rank only."""
+
+    def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
+        """What is trained beside the engine, from the resolved DeepSpeed configuration."""
+        return []
+
+    def owner_of(self, indices: np.ndarray) -> np.ndarray | None:
+        """The place in its expert group of the rank that must see each example; None: any rank may."""
+        return None
 
     def before_start(self, metrics: MetricsFile) -> None:  # noqa: B027 - most stages have nothing to do here
         """Called on the first rank before a fresh start."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from proper_ds.distributed.checkpoint import Checkpoint, Shard
 from proper_ds.distributed.ds_config import zero_stage
 from proper_ds.distributed.ranks import Ranks
 
@@ -94,12 +95,17 @@ class RankEngine:
         """Full fp32 weights of all trained parameters by name, on the CPU; a collective."""
         return {name: self._read(parameter, None) for name, parameter in self._trained.items()}
 
-    def restore(self, state: dict[str, Tensor], num_steps: int, any_batch: Any) -> None:
-        """Continue from `state`, written after `num_steps` optimizer steps; a collective.
+    def shards(self) -> list[Shard]:
+        """What this rank holds that no other rank needs whole; `state` has everything else."""
+        return []
+
+    def restore(self, checkpoint: Checkpoint, any_batch: Any) -> None:
+        """Continue from a checkpoint; a collective.
 
         The module must already hold the state's weights when the engine is made: under bf16 they are its rounded
         copy. A step with learning rate 0 and no gradient makes DeepSpeed create its moments, which are then set.
         """
+        state, num_steps = checkpoint.tensors, checkpoint.num_steps
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
         for _ in range(self._accumulation):

@@ -117,16 +117,20 @@ class StepPlan:
         num_targets: np.ndarray,
         *,
         num_ranks: int,
-        per_rank: int,
-        accumulation: int,
+        per_device: int,
+        train_batch_size: int,
         num_epochs: int,
         max_steps: int | None,
         seed: int,
     ) -> None:
-        """Takes the example indices to learn from, and for each its length and number of target tokens."""
+        """Takes the example indices to learn from, and for each its length and number of target tokens.
+
+        A step has `train_batch_size` examples, at most `per_device` of them in a rank's micro-batch.
+        """
         self._indices, self._lengths, self._num_targets = indices, lengths, num_targets
-        self._num_ranks, self._accumulation, self._seed = num_ranks, accumulation, seed
-        self._global = num_ranks * per_rank * accumulation
+        self._num_ranks, self._seed = num_ranks, seed
+        self.accumulation = -(-train_batch_size // (num_ranks * per_device))
+        self._global = train_batch_size
         self.steps_per_epoch = -(-len(indices) // self._global)
         self.num_steps = max_steps if max_steps is not None else self.steps_per_epoch * num_epochs
 
@@ -153,9 +157,9 @@ class StepPlan:
                 number += 1
 
     def _step(self, batch: np.ndarray) -> Step:
-        parts = np.array_split(batch, self._num_ranks * self._accumulation)
+        parts = np.array_split(batch, self._num_ranks * self.accumulation)
         micro = [
             [self._indices[parts[a * self._num_ranks + rank]] for rank in range(self._num_ranks)]
-            for a in range(self._accumulation)
+            for a in range(self.accumulation)
         ]
         return Step(micro, int(self._num_targets[batch].sum()), len(batch))

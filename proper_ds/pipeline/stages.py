@@ -183,12 +183,11 @@ class StageList:
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
         found = _dump(getattr(config, section))
-        for without_effect in ("logging_steps", "save_steps"):
+        for without_effect in ("logging_steps", "save_steps", "save_total_limit"):
             found.pop(without_effect)
         return found | {
             "seed": config.seed,
             "dtype": config.base.dtype,
-            "num_ranks": config.distributed.num_ranks,
             "optimizer": read_ds_file(config.distributed.deepspeed).get("optimizer"),
             "train_split": config.data.train_split,
         }

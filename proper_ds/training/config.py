@@ -38,6 +38,9 @@ class RankTraining(OptimSettings):
     """Exactly so many optimizer steps instead of `num_train_epochs`, going round the data as often as needed."""
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)
+    """A checkpoint every so many optimizer steps: what the loss of a rank can cost."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Keep so many checkpoints, the newest; a damaged one is passed over for the one before it."""
     train_on: list[Examples] = ["history", "queries"]
     """`history`: items of the users' histories; `queries`: questions with their answers."""
 

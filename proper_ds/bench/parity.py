@@ -6,7 +6,6 @@ have its losses, whatever the number of ranks, ZeRO stage, expert-parallel size 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,7 +282,6 @@ def bench_parity(json_file: Path | None, ranks: tuple[int, ...] = (1, 2, 4)) -> 
         "cases": rows,
         "machine": machine(),
     }
-    assert math.isfinite(result["max_loss_difference"])  # type: ignore[arg-type]
     tell(
         f"Losses over {NUM_STEPS} steps beside one plain process (fp32, {NUM_EXPERTS} experts)",
         ["routing", "ranks", "ZeRO", "expert parallel", "first loss", "last loss", "loss difference", "gradients"],

@@ -55,16 +55,15 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
 
 
 def _counts(context: RunContext, users: list[int], train_on: Collection[str]) -> dict[str, int]:
-    tokens = context.tokens
-    theirs = np.isin(tokens.column("user"), users)
-    kind = tokens.column("kind")
-    asked = (kind == QUERY) & tokens.column("has_answer") if "queries" in train_on else np.zeros_like(theirs)
-    items = kind == HISTORY if "history" in train_on else np.zeros_like(theirs)
-    return {
-        "num_users": len(users),
-        "num_items": int((theirs & items).sum()),
-        "num_questions": int((theirs & asked).sum()),
-    }
+    tokens, num_items, num_questions = context.tokens, 0, 0
+    for user in users:
+        start, stop = tokens.range_of(user)
+        kind = tokens.column("kind", start, stop)
+        if "history" in train_on:
+            num_items += int((kind == HISTORY).sum())
+        if "queries" in train_on:
+            num_questions += int(((kind == QUERY) & tokens.column("has_answer", start, stop)).sum())
+    return {"num_users": len(users), "num_items": num_items, "num_questions": num_questions}
 
 
 def still_in_sources(config: RunConfig, keys: Collection[str]) -> list[str]:

@@ -34,6 +34,9 @@ class RankTraining(OptimSettings):
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1)
+    """Examples of one optimizer step over all ranks, whatever their number; ranks then accumulate as often as it takes.
+    By default the product of the two above and `distributed.num_ranks`."""
     max_steps: int | None = Field(default=None, ge=1)
     """Exactly so many optimizer steps instead of `num_train_epochs`, going round the data as often as needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -43,6 +46,16 @@ class RankTraining(OptimSettings):
     """Keep so many checkpoints, the newest; a damaged one is passed over for the one before it."""
     train_on: list[Examples] = ["history", "queries"]
     """`history`: items of the users' histories; `queries`: questions with their answers."""
+
+    def global_batch_size(self, num_ranks: int) -> int:
+        """Examples of one optimizer step over all ranks."""
+        if self.train_batch_size is not None:
+            return self.train_batch_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_ranks
+
+    def num_micro_batches(self, num_ranks: int) -> int:
+        """Micro-batches that each rank runs in one optimizer step."""
+        return -(-self.global_batch_size(num_ranks) // (num_ranks * self.per_device_train_batch_size))
 
     @field_validator("train_on")
     @classmethod

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from proper_ds.data.batches import Step
+from proper_ds.data.indices import Indices
 from proper_ds.distributed.apart import AdamSettings, Apart
 from proper_ds.distributed.ds_config import offloads_optimizer
 from proper_ds.distributed.expert_optim import ExpertAdamW
@@ -98,15 +99,18 @@ class GroupStage(RankStage):
         assert self._table is not None, "the table is made with the engine"
         return self._table(line_R)
 
-    def owner_of(self, indices: np.ndarray) -> np.ndarray | None:
-        """See RankStage: with blocks, examples go to the rank that owns their user's."""
+    @property
+    def num_owners(self) -> int:  # type: ignore[override]
+        """See RankStage: with blocks, examples go to the ranks that hold their users' experts."""
+        return 1 if self._level.sizes.num_blocks is None else self._groups.size
+
+    def owner_of(self, indices: np.ndarray) -> np.ndarray:
+        """See RankStage."""
         num_blocks = self._level.sizes.num_blocks
-        if num_blocks is None or self._groups.size == 1:
-            return None
-        users, inverse = np.unique(self.context.tokens.column("user")[indices], return_inverse=True)
-        blocks = self._inputs.blocks(users.tolist()).numpy()
-        owners: np.ndarray = (blocks * self._groups.size // num_blocks)[inverse]
-        return owners
+        assert num_blocks is not None
+        users = [example.user for example in self.context.tokens.examples(indices)]
+        found: np.ndarray = self._inputs.blocks(users).numpy() * self._groups.size // num_blocks
+        return found
 
     def _centroids(self, features: FeatureData, num_blocks: int) -> Tensor:
         """Made by the first rank, read by the others, so that all have the same bits."""
@@ -137,7 +141,7 @@ class GroupStage(RankStage):
         """See RankStage."""
         return self.context.config.group
 
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """See RankStage."""
         split = self.context.config.data.train_split
         return training_examples(self.context.tokens, self.settings.train_on, self._users, split, self.section)

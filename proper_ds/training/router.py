@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from proper_ds.data.batches import Step, collate
+from proper_ds.data.indices import Indices
 from proper_ds.data.tokens import Example
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
@@ -64,7 +65,7 @@ class RouterStage(RankStage):
     def _probe_and_exchange(self) -> None:
         """Measure the loss of a sample under the old gates, exchange the routers, measure again."""
         order = np.random.default_rng(self._seed).permutation(len(self._examples))[:NUM_PROBED]
-        examples = self.context.tokens.examples(np.sort(self._examples[order]))
+        examples = self.context.tokens.examples(self._examples.at(np.sort(order)))
         self.module.to(self.context.device)
         self._before = self._loss(examples)
         self._level.add_lora_routers(self._seed)  # only these ask for gradients: the loaded level is frozen
@@ -89,14 +90,17 @@ class RouterStage(RankStage):
         """See RankStage."""
         return self.context.config.router
 
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """See RankStage."""
         return self._examples
 
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """See RankStage."""
         made = rank_batch(
-            self.context.tokens, indices if len(indices) else self._examples[:1], step, self.context.device
+            self.context.tokens,
+            indices if len(indices) else self._examples.at(np.zeros(1, int)),
+            step,
+            self.context.device,
         )
         made.weight = 1.0 if len(indices) else 0.0
         self._fill(made, number)

@@ -181,7 +181,7 @@ class StepPlan:
         assert num_ranks % num_owners == 0, "every owner has the same number of ranks"
         self._order = Order(blocks, train_batch_size, seed)
         self._num_ranks, self._num_owners, self._owner_of = num_ranks, num_owners, owner_of
-        self._accumulation = num_micro_batches(train_batch_size, num_ranks, per_device)
+        self.accumulation = num_micro_batches(train_batch_size, num_ranks, per_device)
         self.steps_per_epoch = self._order.batches_per_epoch
         self.num_steps = max_steps if max_steps is not None else self.steps_per_epoch * num_epochs
 
@@ -191,12 +191,12 @@ class StepPlan:
             yield Step(self._dealt(batch.indices), int(batch.num_targets.sum()), len(batch))
 
     def _dealt(self, indices: np.ndarray) -> list[list[np.ndarray]]:
-        micro = [[indices[:0]] * self._num_ranks for _ in range(self._accumulation)]
+        micro = [[indices[:0]] * self._num_ranks for _ in range(self.accumulation)]
         owners = np.zeros(len(indices), dtype=np.int64) if self._owner_of is None else self._owner_of(indices)
         num_owners = 1 if self._owner_of is None else self._num_owners
         for owner in range(num_owners):
             ranks = range(owner, self._num_ranks, num_owners)
-            parts = np.array_split(indices[owners == owner], len(ranks) * self._accumulation)
+            parts = np.array_split(indices[owners == owner], len(ranks) * self.accumulation)
             for number, part in enumerate(parts):
                 micro[number // len(ranks)][ranks[number % len(ranks)]] = part
         return micro

@@ -84,3 +84,9 @@ def resolve_ds(
 def zero_stage(raw: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration (0 where none is given)."""
     return int(raw.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(raw: dict[str, Any]) -> bool:
+    """Whether optimizer states live on the CPU."""
+    device = raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return bool(device not in ("none", None))

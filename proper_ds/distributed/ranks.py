@@ -30,6 +30,15 @@ class Ranks:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """Every rank's values, by rank; as many from each; a collective."""
+        if self.num_ranks == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        found = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+        dist.all_gather(found, mine)
+        return [[int(value) for value in each] for each in found]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.num_ranks > 1:

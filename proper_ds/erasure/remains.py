@@ -11,7 +11,7 @@ from proper_ds.data.sources import find_sources
 from proper_ds.data.tokens import HISTORY, QUERY
 from proper_ds.errors import ProperError
 from proper_ds.evaluation.methods import needs_of
-from proper_ds.model.presets import PRESETS
+from proper_ds.model.presets import preset_of
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import router_users, training_users
 
@@ -41,7 +41,7 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
     router = router_users(tokens, config.router.users, config.router.max_users, split, config.seed)
     stages = {"population": (train, config.population.train_on)}
     for preset in needs.presets:
-        has_table = PRESETS[preset].user_vector == "table"
+        has_table = preset_of(preset, config.group.user_vector).user_vector == "table"
         taught = everybody if has_table or config.group.users == "all" else train
         stages[f"group/{preset}"] = (taught, config.group.train_on)
     for preset in needs.routers:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 KEPT_STEPS = ("base", "population", "group", "router")
-IDLE = ("num_ranks", "num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
+IDLE = ("num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
 """Settings that say how the work is cut, not what is learned: they may change from night to night."""
 _KEYS = {
     "seed": "seed",

@@ -23,7 +23,8 @@ from proper_ds.observe.metrics import MetricsFile
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training.config import RouterConfig
 from proper_ds.training.context import RunContext
-from proper_ds.training.group import GroupInputs, GroupModule
+from proper_ds.training.group_inputs import GroupInputs
+from proper_ds.training.group_module import GroupModule
 from proper_ds.training.rank_batch import RankBatch, dropout_keys, rank_batch
 from proper_ds.training.rank_stage import RankStage
 from proper_ds.training.selection import router_users, training_examples

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -95,7 +97,7 @@ def train_ranks(kind, zero, start, stop, state):
     for step in range(start, stop):
         batches = [make_batch(step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
         if step == start and state is not None:
-            engine.restore(state, start, batches[0])
+            engine.restore(SimpleNamespace(num_steps=start, tensors=state), batches[0])
         numbers = engine.step(batches, SETTINGS.learning_rate)
         losses.append(ranks.sum([numbers["ce"]])[0])
     found = engine.state()

@@ -63,7 +63,6 @@ def changed(prints, *overrides):
         ("base.create.max_steps=7", "base"),
         ("base.max_length=90", "tokens"),
         ("population.learning_rate=1", "population"),
-        ("distributed.num_ranks=1", "population"),
         ("evaluation.closed_labels=generate", "predictions"),
         ("evaluation.confidence=0.5", "report"),
     ],
@@ -83,7 +82,17 @@ def test_router_settings_leave_adapters_alone(prints):
     assert changed(prints, "router.learning_rate=1") == ALL[10:]
 
 
-@pytest.mark.parametrize("override", ["fleet.num_actors=2", "fleet.max_retries=1", "distributed.max_restarts=1"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "fleet.num_actors=2",
+        "fleet.max_retries=1",
+        "distributed.max_restarts=1",
+        "distributed.num_ranks=1",
+        "population.save_steps=7",
+        "group.save_total_limit=1",
+    ],
+)
 def test_who_does_the_work_changes_nothing(prints, override):
     assert changed(prints, override) == []
 

@@ -57,7 +57,8 @@ def rank_batch(
     examples = tokens.examples(indices) if len(indices) else tokens.examples([0])
     num_parts = sum(len(parts) for parts in step.micro)
     weight = 1.0 if len(indices) else 0.0
-    return RankBatch(collate(examples, device, packing=packing), weight, step.num_targets, step.num_rows, num_parts)
+    batch = collate(examples, device, packing=packing)
+    return RankBatch(batch, weight, step.num_targets, step.num_rows, num_parts, Rows(text_RT=batch.text_RT))
 
 
 def example_seed(seed: int, purpose: str, number: int, example: Example) -> int:

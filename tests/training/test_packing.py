@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,12 @@ from proper_ds.data.tokens import HISTORY, Example
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
+from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.masks import text_mask
+from proper_ds.model.presets import PRESETS
 from proper_ds.model.routing import Rows
+from proper_ds.training.group_module import GroupModule
 from proper_ds.training.population import PopulationModule
 from proper_ds.training.rank_batch import RankBatch, dropout_keys
 from tests.fakes import random_examples, tiny_llama
@@ -68,31 +73,59 @@ def test_rows_are_full_enough(lengths):
         assert min(a + b for n, a in enumerate(filled) for b in filled[:n]) > width, "no two rows fit into one"
 
 
-def losses_and_gradients(packing, dtype, dropout):
+def population(lm, targets, layout, dropout):
+    return PopulationModule(PersonalModel(lm, targets), layout, dropout, seed=3)
+
+
+def group(preset, top_k, lm, targets, layout, dropout):
+    summed = preset == "proper"
+    sizes = GroupSizes(3, top_k, feature_size=7, user_vector_size=5 if summed else 0, num_users=9)
+    level = GroupLevel(layout, PRESETS[preset], sizes, seed=1)
+    module = GroupModule(PersonalModel(lm, targets), level, dropout, 0.05, 0.05)
+    module.experts = level.experts  # no submodule by itself: it is trained apart
+    return module
+
+
+KINDS = {
+    "population": population,
+    "group": partial(group, "proper", None),
+    "top-2": partial(group, "proper", 2),
+    "released": partial(group, "proper-released", None),
+}
+
+
+def losses_and_gradients(kind, packing, dtype, dropout):
     lm = tiny_llama(dtype=dtype)
     targets = find_targets(lm, TARGETS)
     layout = LoraLayout.of(targets, LoraSettings(r=2, target_modules=TARGETS))
-    module = PopulationModule(PersonalModel(lm, targets), layout, dropout, seed=3)
+    module = KINDS[kind](lm, targets, layout, dropout)
     generator = torch.Generator().manual_seed(4)
-    for lora in module.loras:  # else B is zero, and A has no gradient
-        lora.lora_B.data = torch.randn(lora.lora_B.shape, generator=generator) * 0.1
-    module.loras.to(dtype)
-    batch = collate(random_examples(9, 1, seed=2, longest=40), packing=packing)
+    for name, parameter in module.named_parameters():
+        if name.endswith("lora_B"):  # else it is zero, and A has no gradient
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    module.to(dtype)
+    batch = collate([e for user in range(3) for e in random_examples(3, user, seed=2, longest=40)], packing=packing)
     assert (batch.text_RT is not None) == packing
-    keys = dropout_keys(5, 6, batch) if dropout else None
-    loss, numbers = module(RankBatch(batch, 1.0, 20, 9, 1, Rows(key_R=keys)))
+    rows = Rows(text_RT=batch.text_RT, key_R=dropout_keys(5, 6, batch) if dropout else None)
+    made = RankBatch(batch, 1.0, 20, 9, 1, rows)
+    users = torch.tensor([example.user for example in batch.examples])
+    made.features_RF = torch.randn(3, 7, generator=generator)[users].to(dtype)
+    made.known_R, made.line_R = users > 0, users
+    loss, numbers = module(made)
     loss.backward()
-    return float(loss.detach()), numbers, [p.grad for p in module.parameters() if p.requires_grad]
+    return numbers | {"loss": loss.detach()}, {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
-def test_the_population_stage_learns_the_same_from_packed_rows(dtype, tolerance, dropout):
-    loss, numbers, gradients = losses_and_gradients(False, dtype, dropout)
-    packed_loss, packed_numbers, packed_gradients = losses_and_gradients(True, dtype, dropout)
-    assert packed_loss == pytest.approx(loss, rel=tolerance)
-    assert packed_numbers["tokens"] == numbers["tokens"]
-    scale = max(float(gradient.abs().max()) for gradient in gradients)
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_teach_the_same(kind, dtype, tolerance, dropout):
+    numbers, gradients = losses_and_gradients(kind, False, dtype, dropout)
+    packed_numbers, packed_gradients = losses_and_gradients(kind, True, dtype, dropout)
+    for name, value in numbers.items():
+        assert float(packed_numbers[name]) == pytest.approx(float(value), rel=max(tolerance, 1e-6)), name
+    assert float(packed_numbers["loss"]) == pytest.approx(float(numbers["loss"]), rel=tolerance)
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     assert scale > 1e-3
-    for plain, packed in zip(gradients, packed_gradients, strict=True):
-        assert (plain - packed).abs().max() < tolerance * max(1.0, scale)
+    for name, plain in gradients.items():
+        assert (plain - packed_gradients[name]).abs().max() < tolerance * max(1.0, scale), name

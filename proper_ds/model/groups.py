@@ -68,6 +68,10 @@ class GroupLevel(nn.Module):
         """The mixtures by their modules' names, to be attached."""
         return {shape.name: self._mixture(shape.name) for shape in self.layout.modules}
 
+    def expert_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """(A [N, r, D], B [N, E, r]) of each module, in model order."""
+        return [(mixture.lora_A.detach(), mixture.lora_B.detach()) for mixture in self.by_module().values()]
+
     def _mixture(self, name: str) -> ExpertMixture:
         mixture = self.mixtures[_key(name)]
         assert isinstance(mixture, ExpertMixture)

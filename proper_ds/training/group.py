@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,17 +11,23 @@ from torch import nn
 
 from proper_ds.data.batches import Step
 from proper_ds.data.tokens import HISTORY, Example
+from proper_ds.distributed.ranks import Ranks
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
+from proper_ds.model.expert_files import EXPERTS, MAX_WRITTEN, write_experts
+from proper_ds.model.gate_stats import GateStats
 from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import PRESETS
 from proper_ds.model.routing import constraint, entropy, imbalance, mean_gates
 from proper_ds.model.user_vectors import pooled
+from proper_ds.observe.log import get_logger
+from proper_ds.observe.metrics import MetricsFile
 from proper_ds.training.config import GroupConfig
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
+from proper_ds.training.gate_log import GateLog
 from proper_ds.training.rank_batch import RankBatch, dropout_keys, example_seed, numbers_of, rank_batch
 from proper_ds.training.rank_stage import RankStage
 from proper_ds.training.selection import num_history, table_line, training_examples, training_users
@@ -32,6 +39,9 @@ class GroupModule(nn.Module):
     """The merged base with trained experts and routers.
 
     Loss: mean cross-entropy per target token, plus PROPER's constraint and, in preset `proper`, a balance term.
+
+    Attributes:
+        stats: where what the gates do is counted, if anywhere.
     """
 
     def __init__(
@@ -41,6 +51,7 @@ class GroupModule(nn.Module):
         self.level = level
         self.model = model
         self._constraint_weight, self._balance_weight = constraint_weight, balance_weight
+        self.stats: GateStats | None = None
         model.attach_groups(level.by_module(), dropout)
 
     def forward(self, inputs: RankBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,10 +77,10 @@ class GroupModule(nn.Module):
             loss = loss + (constrained_R.sum() / inputs.num_rows).detach()
         spread_RT = torch.stack([entropy(gates_RTN) for gates_RTN in gates]).mean(0)
         spread_R = mean_gates(spread_RT.unsqueeze(-1), mask_RT).squeeze(-1) * weight_R
-        share_N = (torch.stack(means).mean(0) * weight_R.unsqueeze(-1)).sum(0)
-        shares = {f"expert_{n}": share for n, share in enumerate(share_N)}
+        if self.stats is not None and inputs.weight:
+            self.stats.add(torch.stack(means), spread_R, [example.user for example in inputs.examples])
         tokens = batch.length_R.sum() * inputs.weight
-        about = numbers_of(ce=ce, tokens=tokens, constraint=constrained_R.sum(), gate_entropy=spread_R.sum(), **shares)
+        about = numbers_of(ce=ce, tokens=tokens, constraint=constrained_R.sum(), gate_entropy=spread_R.sum())
         return loss, about
 
 
@@ -158,6 +169,8 @@ class GroupStage(RankStage):
             settings.constraint_weight,
             settings.balance_weight,
         )
+        self._gates = GateLog(self.name, self.section, self._level)
+        self.module.stats = self._gates.stats
 
     def _chosen_users(self, has_table: bool) -> np.ndarray:
         tokens, split = self.context.tokens, self.context.config.data.train_split
@@ -183,6 +196,10 @@ class GroupStage(RankStage):
             made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
         return made
 
+    def log_more(self, ranks: Ranks) -> dict[str, Any]:
+        """See RankStage."""
+        return self._gates.numbers(ranks)
+
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
         """See RankStage."""
         level = GroupLevel(
@@ -193,3 +210,17 @@ class GroupStage(RankStage):
         known = np.flatnonzero(num_history(self.context.tokens) > 0)
         level.set_unknown_user(torch.from_numpy(known) + 1)
         level.save(folder / "level.safetensors")
+        self._write_experts(level, folder / EXPERTS)
+        self._gates.finish(MetricsFile(self.context.folder.metrics), level.expert_weights())
+
+    def _write_experts(self, level: GroupLevel, folder: Path) -> None:
+        """PEFT directories of the experts, unless there are too many for files of their own."""
+        if level.num_experts > MAX_WRITTEN:
+            how = "`proper-ds experts` writes them as PEFT directories"
+            get_logger().info("%s: %d experts are kept in one file; %s", self.name, level.num_experts, how)
+            return
+        base = self.context.config.base
+        idle = write_experts(level, folder, range(level.num_experts), self.context.base_name, base.revision)
+        if idle:
+            numbers = ", ".join(map(str, idle))
+            get_logger().warning("%s: experts %s have no effect, so no directory is written", self.name, numbers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,10 @@ class RankStage(ABC):
 
     def before_start(self, metrics: MetricsFile) -> None:  # noqa: B027 - most stages have nothing to do here
         """Called on the first rank before a fresh start."""
+
+    def log_more(self, ranks: Ranks) -> dict[str, Any]:
+        """More for the line of metrics about to be written; a collective."""
+        return {}
 
 
 def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
@@ -142,7 +147,7 @@ def _train(
         window.add(engine.step(batches, rate), step)
         done = number + 1
         if done % settings.logging_steps == 0 or done == plan.num_steps:
-            window.close(done, rate, ranks)
+            window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
             state = engine.state()
             if ranks.is_first:
@@ -172,7 +177,7 @@ class _Window:
         self._num_rows += step.num_rows
         self._num += 1
 
-    def close(self, done: int, rate: float, ranks: Ranks) -> None:
+    def close(self, done: int, rate: float, ranks: Ranks, more: dict[str, Any]) -> None:
         """Log the window's means; a collective. `ce` is per target token, the rest per row."""
         norm = self._sums.pop("grad_norm", 0.0) / self._num
         names = sorted(self._sums)
@@ -196,6 +201,7 @@ class _Window:
                 grad_norm=norm,
                 tokens_per_s=num_tokens / seconds,
                 **values,
+                **more,
             )
         self._sums, self._num_targets, self._num_rows, self._num = {}, 0, 0, 0
         self._start_s = time.perf_counter()

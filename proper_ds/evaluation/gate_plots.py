@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from proper_ds.evaluation.plots import svg_of
 
@@ -59,6 +60,7 @@ def _shares(axis: Axes, curve: list[dict[str, Any]]) -> None:
     axis.set_xlabel("optimizer step", fontsize=8)
     axis.set_ylabel("experts by falling share" if by_rank else "expert", fontsize=8)
     axis.set_title("share of users by strongest expert", fontsize=9)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
 
 
@@ -67,6 +69,8 @@ def _likeness(axis: Axes, likeness: dict[str, Any] | None) -> None:
         axis.axis("off")
         return
     image = axis.imshow(likeness["cosine"], cmap="RdBu_r", vmin=-1, vmax=1)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(f"likeness of experts, mean {likeness['mean']:.2f}", fontsize=9)
     axis.set_xlabel("expert", fontsize=8)
     axis.figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)

@@ -118,6 +118,11 @@ class GroupLevel(nn.Module):
         """The mixtures by their modules' names, to be attached."""
         return {shape.name: self._mixture(shape.name) for shape in self.layout.modules}
 
+    def expert_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """(A [N, r, D], B [N, E, r]) of each module, in model order."""
+        held = [mixture.experts for mixture in self.by_module().values()]
+        return [(experts.lora_A.detach(), experts.lora_B.detach()) for experts in held]
+
     def _mixture(self, name: str) -> ExpertMixture:
         mixture = self.mixtures[_key(name)]
         assert isinstance(mixture, ExpertMixture)

@@ -22,13 +22,17 @@ from proper_ds.errors import UserError
 from proper_ds.files import atomic_path, seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import check_masks, find_targets
+from proper_ds.model.expert_files import EXPERTS, MAX_WRITTEN, write_experts
 from proper_ds.model.groups import GroupLevel, GroupSizes, save_level
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import Preset, preset_of
 from proper_ds.model.user_vectors import UserTable, fit_blocks, pooled
+from proper_ds.observe.log import get_logger
+from proper_ds.observe.metrics import MetricsFile
 from proper_ds.training.config import GroupConfig
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
+from proper_ds.training.gate_log import GateLog
 from proper_ds.training.group_inputs import GroupInputs
 from proper_ds.training.group_module import GroupModule
 from proper_ds.training.rank_batch import RankBatch, dropout_keys, rank_batch
@@ -90,6 +94,8 @@ class GroupStage(RankStage):
             exchange=TokenExchange(self._groups) if crosses else None,
             shares=self._shares,
         )
+        self._gates = GateLog(self.name, self.section, self._level)
+        self.module.stats = self._gates.stats
 
     def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
         """See RankStage."""
@@ -157,6 +163,10 @@ class GroupStage(RankStage):
             made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
 
+    def log_more(self, ranks: Ranks) -> dict[str, Any]:
+        """See RankStage."""
+        return self._gates.numbers(ranks)
+
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
         """See RankStage."""
         tensors = weights | self._buffers
@@ -168,6 +178,21 @@ class GroupStage(RankStage):
                 table.set_unknown_user(known + 1)
             tensors["user_table.weight"] = table.weight.detach()
         save_level(folder / "level.safetensors", tensors, self._level.description())
+        level = GroupLevel.load(folder / "level.safetensors")
+        self._write_experts(level, folder / EXPERTS)
+        self._gates.finish(MetricsFile(self.context.folder.metrics), level.expert_weights())
+
+    def _write_experts(self, level: GroupLevel, folder: Path) -> None:
+        """PEFT directories of the experts, unless there are too many for files of their own."""
+        if level.num_experts > MAX_WRITTEN:
+            how = "`proper-ds experts` writes them as PEFT directories"
+            get_logger().info("%s: %d experts are kept in one file; %s", self.name, level.num_experts, how)
+            return
+        base = self.context.config.base
+        idle = write_experts(level, folder, range(level.num_experts), self.context.base_name, base.revision)
+        if idle:
+            numbers = ", ".join(map(str, idle))
+            get_logger().warning("%s: experts %s have no effect, so no directory is written", self.name, numbers)
 
 
 def group_apart(

@@ -14,6 +14,7 @@ from proper_ds.distributed.expert_parallel import TokenExchange
 from proper_ds.distributed.recent_shares import RecentShares
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.experts import NoExchange
+from proper_ds.model.gate_stats import GateStats
 from proper_ds.model.groups import GroupLevel
 from proper_ds.model.routing import at_least_float, constraint, entropy, imbalance, mean_by_text, mean_gates
 from proper_ds.training.rank_batch import RankBatch, numbers_of
@@ -26,6 +27,9 @@ class GroupModule(nn.Module):
 
     Loss: mean cross-entropy per target token, plus PROPER's constraint and, in preset `proper`, a balance term; each
     a sum over the texts of the micro-batch, divided by what the global batch holds.
+
+    Attributes:
+        stats: where what the gates do is counted, if anywhere.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class GroupModule(nn.Module):
         self.model = model
         self._preset, self._table = level.preset, table if table is not None else level.user_table
         self._exchange, self._shares = exchange, shares
+        self.stats: GateStats | None = None
         self._constraint_weight, self._balance_weight = constraint_weight, balance_weight
         by_module = level.by_module()
         model.attach_groups(by_module, dropout)
@@ -83,9 +88,10 @@ class GroupModule(nn.Module):
             loss = loss + (constrained_X.sum() / inputs.num_rows).detach()
         spread_RT = torch.stack([entropy(gates_RTN) for gates_RTN in gates]).mean(0)
         spread_X = self._by_text(spread_RT.unsqueeze(-1), inputs).squeeze(-1) * weight_X
-        shares = {f"expert_{n}": share for n, share in enumerate(share_MN.mean(0))}
+        if self.stats is not None and inputs.weight:
+            self.stats.add(mean_MXN, spread_X, [example.user for example in inputs.examples])
         tokens = batch.length_R.sum() * inputs.weight
-        about = numbers_of(ce=ce, tokens=tokens, constraint=constrained_X.sum(), gate_entropy=spread_X.sum(), **shares)
+        about = numbers_of(ce=ce, tokens=tokens, constraint=constrained_X.sum(), gate_entropy=spread_X.sum())
         return loss, about
 
     @staticmethod

@@ -90,6 +90,10 @@ class RankStage(ABC):
     def before_start(self, metrics: MetricsFile) -> None:  # noqa: B027 - most stages have nothing to do here
         """Called on the first rank before a fresh start."""
 
+    def log_more(self, ranks: Ranks) -> dict[str, Any]:
+        """More for the line of metrics about to be written; a collective."""
+        return {}
+
 
 def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     """Train a stage to its end, from its newest checkpoint where there is one; a collective of all ranks.
@@ -213,7 +217,7 @@ def _train(
         window.add(engine.step(batches, rate), step)
         done = number + 1
         if done % settings.logging_steps == 0 or done == plan.num_steps:
-            window.close(done, rate, ranks)
+            window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
             saving.save(done, engine)
 
@@ -234,7 +238,7 @@ class _Window:
         self._num_rows += step.num_rows
         self._num += 1
 
-    def close(self, done: int, rate: float, ranks: Ranks) -> None:
+    def close(self, done: int, rate: float, ranks: Ranks, more: dict[str, Any]) -> None:
         """Log the window's means; a collective. `ce` is per target token, the rest per row."""
         norm = self._sums.pop("grad_norm", 0.0) / self._num
         names = sorted(self._sums)
@@ -258,6 +262,7 @@ class _Window:
                 grad_norm=norm,
                 tokens_per_s=num_tokens / seconds,
                 **values,
+                **more,
             )
         self._sums, self._num_targets, self._num_rows, self._num = {}, 0, 0, 0
         self._start_s = time.perf_counter()

@@ -46,6 +46,7 @@ class RouterStage(RankStage):
         self._seed = seed_of(config.seed, self.name)
         lm = context.load_lm(with_population=True)
         self._level = GroupLevel.load(context.folder.stage(f"group/{preset}").path / "level.safetensors")
+        self._level.to(context.device)
         self._store = open_store(context.folder.stage(f"store/{preset}").path)
         self._inputs = GroupInputs(context, self._level, self._seed)
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
@@ -126,8 +127,6 @@ class RouterStage(RankStage):
             self.context.folder.stage(f"group/{self._level.preset.name}").path / "level.safetensors"
         )
         level.add_lora_routers(self._seed)
-        missing = level.load_state_dict(
-            {name.removeprefix("level."): value for name, value in weights.items()}, strict=False
-        )
+        missing = level.load_state_dict(weights, strict=False)
         assert not missing.unexpected_keys, missing.unexpected_keys
         level.save(folder / "level.safetensors")

@@ -65,7 +65,8 @@ class RouterStage(RankStage):
 
     def _probe_and_exchange(self) -> None:
         """Measure the loss of a sample under the old gates, exchange the routers, measure again."""
-        order = np.random.default_rng(self._seed).permutation(len(self._examples))[:NUM_PROBED]
+        num_probed = min(NUM_PROBED, len(self._examples))
+        order = np.random.default_rng(self._seed).choice(len(self._examples), num_probed, replace=False)
         examples = self.context.tokens.examples(self._examples.at(np.sort(order)))
         self.module.to(self.context.device)
         self._before = self._loss(examples)

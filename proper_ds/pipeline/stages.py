@@ -183,11 +183,11 @@ class StageList:
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
         found = _dump(getattr(config, section))
-        # what counts is the size of a global batch; how it is dealt to ranks is rounding
+        # where a global batch is given, how it is dealt to ranks is rounding
         dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
         idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
-        for without_effect in ("logging_steps", "save_steps", "save_total_limit", *idle):
-            found.pop(without_effect)
+        for without_effect in ("logging_steps", "save_steps", "save_total_limit", "packing", *idle):
+            found.pop(without_effect, None)
         return found | {
             "seed": config.seed,
             "dtype": config.base.dtype,

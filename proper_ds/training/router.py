@@ -119,7 +119,7 @@ class RouterStage(RankStage):
         made.rows.slot_R = torch.tensor(slots, device=self.context.device)
         config = self.context.config
         if config.user.lora.lora_dropout or config.group.lora.lora_dropout:
-            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+            made.rows.key_R = dropout_keys(self._seed, number, made.batch)
 
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
         """See RankStage."""

@@ -86,6 +86,10 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint, settings.save_total_limit)
     metrics = MetricsFile(stage.context.folder.metrics)
     checkpoint = checkpoints.latest(ranks)
+    for damage in checkpoints.warnings:
+        warning = f"{damage}; the checkpoint before it is taken"
+        get_logger().warning("%s: %s", stage.name, warning)
+        metrics.log(stage.name, warning=warning)
     train_batch_size = batch_size(settings, stage.context.config.distributed.num_ranks)
     if checkpoint is not None:
         train_batch_size = checkpoint.about["train_batch_size"]

@@ -115,12 +115,14 @@ def _scaling(num_ranks: int, nodes: list[str], cluster: Cluster, distributed: Di
 
 
 def _reason(error: Exception) -> str:
-    """Which ranks were lost, and why, in a line."""
-    lost = getattr(error, "worker_failures", {})
-    if not lost:
+    """Which ranks were lost, and why, in a line; without those that only failed because of them."""
+    failed = getattr(error, "worker_failures", {})
+    died = {
+        rank: cause.health_check_failure for rank, cause in failed.items() if hasattr(cause, "health_check_failure")
+    }
+    if not failed:
         return f"ranks could not be run ({_first_line(error)})"
-    causes = {rank: _first_line(getattr(cause, "health_check_failure", cause)) for rank, cause in lost.items()}
-    return "; ".join(f"rank {rank} was lost ({cause})" for rank, cause in sorted(causes.items()))
+    return "; ".join(f"rank {rank} was lost ({_first_line(cause)})" for rank, cause in sorted((died or failed).items()))
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ def check_config(config: RunConfig) -> list[Problem]:
     return [
         *_data(config),
         *_base(config.base),
+        *_global_batches(config),
         *_schedules(config),
         *_users(config),
         *_batches(config),
@@ -84,6 +85,20 @@ def _base(base: BaseConfig) -> list[Problem]:
 
 def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
     return [("population", config.population), ("group", config.group), ("router", config.router)]
+
+
+def _global_batches(config: RunConfig) -> list[Problem]:
+    num_ranks, problems = config.distributed.num_ranks, []
+    for name, stage in _rank_stages(config):
+        if stage.train_batch_size is None:
+            continue
+        if stage.gradient_accumulation_steps != 1:
+            wrong, mend = f"has no effect with {name}.train_batch_size, which says how often", "Keep one of the two."
+            problems.append(Problem(f"{name}.gradient_accumulation_steps", wrong, mend))
+        if stage.train_batch_size < num_ranks:
+            wrong = f"{stage.train_batch_size} leaves some of distributed.num_ranks {num_ranks} without an example"
+            problems.append(Problem(f"{name}.train_batch_size", wrong, "Raise it, or use fewer ranks."))
+    return problems
 
 
 def _schedules(config: RunConfig) -> list[Problem]:

@@ -97,6 +97,14 @@ def test_options_without_effect_are_mistakes(load):
     assert "no effect on generated answers" in found["evaluation.ordinal"]
 
 
+def test_a_global_batch_is_said_once_and_gives_every_rank_an_example(load):
+    found = problems(load, "group.train_batch_size=12", "group.gradient_accumulation_steps=2")
+    assert "no effect with group.train_batch_size" in found["group.gradient_accumulation_steps"]
+    found = problems(load, "router.train_batch_size=2", "distributed.num_ranks=3")
+    assert "without an example" in found["router.train_batch_size"]
+    assert load(GOOD, "group.train_batch_size=12", "distributed.num_ranks=5").group.num_micro_batches(5) == 1
+
+
 def test_all_mistakes_come_at_once(load):
     found = problems(
         load, "sede=1", "population.learning_rate=-1", "user.num_tokens_per_batch=20", "evaluation.split=train"

@@ -1,22 +1,21 @@
-"""Examples to tensors, and the orders in which stages see them; all pure functions of indices, lengths and seeds.
+"""Examples to tensors, and which rank sees which; all pure functions of indices, lengths and seeds.
 
 Shapes: R rows, T tokens, K target tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
+from proper_ds.data.order import Blocks, Order
 from proper_ds.data.tokens import Example
-from proper_ds.files import seed_of
 
 Tensor = torch.Tensor
-
-_POOL_BATCHES = 50
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,19 @@ class Step:
 
 
 class StepPlan:
-    """The order in which ranks see examples: a function of seed and epoch, not of who is running.
+    """Which rank sees which examples in which step.
 
-    Batches hold examples of similar length (as Hugging Face's `group_by_length`); the last one may be short.
+    A step's examples depend on seed, epoch and `train_batch_size` only (`order.py`). All ranks run the same number of
+    micro-batches in every step, as DeepSpeed asks for, and their parts of a micro-batch differ by one example at most.
+
+    With `owner_of`, an example goes to a rank whose number leaves the example's owner when divided by `num_owners`: a
+    step's examples of one owner are shared by that owner's ranks alone. Micro-batches then hold as many examples as
+    their owner has in the step, more or fewer than `per_device`, and their number stays.
     """
 
     def __init__(
         self,
-        indices: np.ndarray,
-        lengths: np.ndarray,
-        num_targets: np.ndarray,
+        blocks: Blocks,
         *,
         num_ranks: int,
         per_device: int,
@@ -122,44 +124,41 @@ class StepPlan:
         num_epochs: int,
         max_steps: int | None,
         seed: int,
+        owner_of: Callable[[np.ndarray], np.ndarray] | None = None,
+        num_owners: int = 1,
     ) -> None:
-        """Takes the example indices to learn from, and for each its length and number of target tokens.
+        """Takes the examples to learn from.
 
-        A step has `train_batch_size` examples, at most `per_device` of them in a rank's micro-batch.
+        Args:
+            per_device: examples of one micro-batch of one rank, at most.
+            train_batch_size: examples of one step of all ranks.
+            owner_of: maps example indices to owners from 0 up to `num_owners`; None where any rank will do.
+            num_owners: divides `num_ranks`.
         """
-        self._indices, self._lengths, self._num_targets = indices, lengths, num_targets
-        self._num_ranks, self._seed = num_ranks, seed
-        self.accumulation = -(-train_batch_size // (num_ranks * per_device))
-        self._global = train_batch_size
-        self.steps_per_epoch = -(-len(indices) // self._global)
+        assert num_ranks % num_owners == 0, "every owner has the same number of ranks"
+        self._order = Order(blocks, train_batch_size, seed)
+        self._num_ranks, self._num_owners, self._owner_of = num_ranks, num_owners, owner_of
+        self.accumulation = num_micro_batches(train_batch_size, num_ranks, per_device)
+        self.steps_per_epoch = self._order.batches_per_epoch
         self.num_steps = max_steps if max_steps is not None else self.steps_per_epoch * num_epochs
-
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        generator = np.random.default_rng(seed_of(self._seed, "epoch", epoch))
-        order = generator.permutation(len(self._indices))
-        pool = self._global * _POOL_BATCHES
-        batches = []
-        for start in range(0, len(order), pool):
-            part = order[start : start + pool]
-            part = part[np.argsort(-self._lengths[part], kind="stable")]
-            batches += [part[i : i + self._global] for i in range(0, len(part), self._global)]
-        return [batches[i] for i in generator.permutation(len(batches))]
 
     def steps(self, first: int = 0) -> Iterator[Step]:
         """The steps from `first` on; `first` counts from 0 over all epochs."""
-        number = first
-        while number < self.num_steps:
-            epoch, within = divmod(number, self.steps_per_epoch)
-            for batch in self._epoch(epoch)[within:]:
-                if number >= self.num_steps:
-                    return
-                yield self._step(batch)
-                number += 1
+        for batch in islice(self._order.batches(first), max(0, self.num_steps - first)):
+            yield Step(self._dealt(batch.indices), int(batch.num_targets.sum()), len(batch))
 
-    def _step(self, batch: np.ndarray) -> Step:
-        parts = np.array_split(batch, self._num_ranks * self.accumulation)
-        micro = [
-            [self._indices[parts[a * self._num_ranks + rank]] for rank in range(self._num_ranks)]
-            for a in range(self.accumulation)
-        ]
-        return Step(micro, int(self._num_targets[batch].sum()), len(batch))
+    def _dealt(self, indices: np.ndarray) -> list[list[np.ndarray]]:
+        micro = [[indices[:0]] * self._num_ranks for _ in range(self.accumulation)]
+        owners = np.zeros(len(indices), dtype=np.int64) if self._owner_of is None else self._owner_of(indices)
+        num_owners = 1 if self._owner_of is None else self._num_owners
+        for owner in range(num_owners):
+            ranks = range(owner, self._num_ranks, num_owners)
+            parts = np.array_split(indices[owners == owner], len(ranks) * self.accumulation)
+            for number, part in enumerate(parts):
+                micro[number // len(ranks)][ranks[number % len(ranks)]] = part
+        return micro
+
+
+def num_micro_batches(train_batch_size: int, num_ranks: int, per_device: int) -> int:
+    """Micro-batches of each rank in one step."""
+    return -(-train_batch_size // (num_ranks * per_device))

@@ -32,6 +32,7 @@ Tensor = torch.Tensor
 MARKER = "checkpoint.json"
 _NAMES = "step-*-*"
 _WHOLE, _ROWS = "whole/", "rows/"
+_WEIGHT = "weight/"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class Checkpoint:
         with safe_open(self.folder / self.files[0]["name"], "pt") as file:
             names = [key for key in file.keys() if key.startswith(_WHOLE)]  # noqa: SIM118 - it is no dictionary
             return {key.removeprefix(_WHOLE): file.get_tensor(key) for key in names}
+
+    def weights(self) -> dict[str, Tensor]:
+        """All trained weights, whole, on the CPU."""
+        found = {name.removeprefix(_WEIGHT): t for name, t in self.tensors.items() if name.startswith(_WEIGHT)}
+        for name, shard in self._shards.items():
+            if name.startswith(_WEIGHT):
+                found[name.removeprefix(_WEIGHT)] = self.rows(name, 0, shard["num_rows"])
+        return found
 
     def num_rows(self, name: str) -> int:
         """Rows of a tensor that was saved in shards, over all ranks; 0 where there is none of this name."""

@@ -13,6 +13,8 @@ class DistributedConfig(Section):
     num_ranks: int = Field(default=1, ge=1)
     deepspeed: str = "ds_configs/zero2.json"
     """A DeepSpeed JSON file; values that say "auto" come from the stage's section of this run."""
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Ranks over which the group stage spreads its experts; the rest of the ranks hold copies of them."""
     num_cpus_per_rank: int = Field(default=1, ge=1)
     num_threads_per_rank: int = Field(default=1, ge=1)
     """Torch threads; results can differ in the last bit between numbers of threads."""

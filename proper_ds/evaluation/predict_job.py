@@ -27,7 +27,7 @@ from proper_ds.model.routing import Rows, mean_gates
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training.context import PopulationSwitch, RunContext
 from proper_ds.training.features import FeatureData
-from proper_ds.training.selection import num_history, table_line
+from proper_ds.training.selection import num_history
 from proper_ds.training.unit_jobs import UserRange, user_vector
 
 if TYPE_CHECKING:
@@ -197,11 +197,7 @@ class PredictJob:
         rows, personal = Rows(), [False] * len(batch)
         level = self._levels[self._level_path(method)] if method.preset else None
         if level is not None:
-            lines = [table_line(user, self._history[user], level.sizes["num_users"]) for user in users]
-            rows.table_R = torch.tensor(lines, device=device)
-        if level is not None and level.encoder is not None:
-            assert self._features is not None
-            vectors = {user: user_vector(level, self._features, user) for user in set(users)}
+            vectors = {u: user_vector(level, self._features, u, int(self._history[u])) for u in set(users)}
             rows.user_RU = torch.stack([vectors[user] for user in users])
         slots = self._slots.get(method.adapter_set) if method.adapter_set is not None else None
         if slots is not None and method.adapter_set is not None:
@@ -229,13 +225,13 @@ class PredictJob:
         ids_RT = np.zeros((len(prompts), max(len(p) for p in prompts)), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids_RT[row, : len(prompt)] = prompt
-        self._model.set_rows(replace(rows, gates=[]))
+        self._model.set_rows(replace(rows, gates={}))
         with torch.no_grad():
             self._model.hidden(torch.from_numpy(ids_RT).to(self._context.device))
         assert self._model.rows.gates is not None
         lengths = torch.tensor([len(p) for p in prompts], device=self._context.device)
         parts = []
-        for _, gates_RTN in self._model.rows.gates:
+        for gates_RTN in self._model.rows.gates.values():
             mask_RT = torch.arange(gates_RTN.shape[1], device=lengths.device) < lengths[:, None]
             parts.append(mean_gates(gates_RTN.float(), mask_RT))
         found: list[list[float]] = torch.cat(parts, dim=-1).tolist()

@@ -39,7 +39,7 @@ from proper_ds.training.context import RunContext, base_dtype
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
 from proper_ds.training.rank_stage import CHECKPOINT
-from proper_ds.training.selection import users_with_queries
+from proper_ds.training.selection import num_tokens, users_with_queries
 from proper_ds.training.set_plan import ensure_plan, users_to_train
 
 if TYPE_CHECKING:
@@ -285,11 +285,10 @@ class Run:
 
     def _units(self, mask: np.ndarray, part: str = "", empty_too: bool = False) -> list[Unit]:
         """Units of the masked users by their tokens; at least one token a user where those without count too."""
-        tokens = self.context.tokens
-        cost = np.bincount(tokens.column("user"), weights=tokens.column("num_tokens"), minlength=tokens.num_users)
+        cost = num_tokens(self.context.tokens)
         if empty_too:
             cost = np.maximum(cost, 1)
-        return plan_units((cost * mask).astype(np.int64), self.config.fleet.num_tokens_per_unit, part)
+        return plan_units(cost * mask, self.config.fleet.num_tokens_per_unit, part)
 
     def _fleet(
         self,

@@ -34,6 +34,9 @@ class RankTraining(OptimSettings):
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1)
+    """Examples of one optimizer step over all ranks, whatever their number; ranks then accumulate as often as it takes.
+    By default the product of the two above and `distributed.num_ranks`."""
     max_steps: int | None = Field(default=None, ge=1)
     """Exactly so many optimizer steps instead of `num_train_epochs`, going round the data as often as needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -43,6 +46,16 @@ class RankTraining(OptimSettings):
     """Keep so many checkpoints, the newest; a damaged one is passed over for the one before it."""
     train_on: list[Examples] = ["history", "queries"]
     """`history`: items of the users' histories; `queries`: questions with their answers."""
+
+    def global_batch_size(self, num_ranks: int) -> int:
+        """Examples of one optimizer step over all ranks."""
+        if self.train_batch_size is not None:
+            return self.train_batch_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_ranks
+
+    def num_micro_batches(self, num_ranks: int) -> int:
+        """Micro-batches that each rank runs in one optimizer step."""
+        return -(-self.global_batch_size(num_ranks) // (num_ranks * self.per_device_train_batch_size))
 
     @field_validator("train_on")
     @classmethod
@@ -65,16 +78,24 @@ class GroupConfig(RankTraining):
 
     lora: LoraSettings = LoraSettings()
     num_experts: int = Field(default=5, ge=2)
+    top_k: int | None = Field(default=None, ge=1)
+    """`proper` only: experts of a token; None: all of them, as PROPER has it. For hundreds of groups and more."""
+    num_blocks: int | None = Field(default=None, ge=2)
+    """`proper` only: cut the experts into so many blocks and give each user one, by likeness of histories. With expert
+    parallelism a user's examples go to the rank that owns the block, and no token crosses ranks."""
+    user_vector: Literal["encoder", "table"] = "encoder"
+    """`proper` only: made from the user's history, also for users never seen; or a learned row per user."""
     users: Users = "train"
-    """Whose examples teach the experts in `proper`. `proper-released` has a row per user, so it uses all users."""
+    """Whose examples teach the experts in `proper`. With a row per user (`user_vector: table`, `proper-released`) it is
+    all users."""
     constraint_weight: float = Field(default=0.01, ge=0)
     """`proper` only: weight of the constraint that makes each user's mean gate one-hot."""
     balance_weight: float = Field(default=0.01, ge=0)
     """`proper` only: weight of the term that keeps users from all choosing one expert."""
     user_vector_size: int = Field(default=32, ge=1)
-    """`proper` only: width of the user vector that the history encoder makes."""
+    """`proper` only: width of the user vector."""
     history_dropout: float = Field(default=0.8, ge=0, lt=1)
-    """`proper` only: a training row's user vector forgets a random share, up to this, of the user's history."""
+    """`proper` with the encoder: a training row's user vector forgets a random share, up to this, of the history."""
     generic_user_probability: float = Field(default=0.05, ge=0, lt=1)
     """`proper` only: how often a training row forgets its user, so that the generic user is learned too."""
 

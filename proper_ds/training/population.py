@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from proper_ds.data.batches import Step
+from proper_ds.data.indices import Indices
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.adapter_file import peft_config, save_peft
@@ -64,7 +65,7 @@ class PopulationStage(RankStage):
         """See RankStage."""
         return self.context.config.population
 
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """See RankStage."""
         tokens, split = self.context.tokens, self.context.config.data.train_split
         return training_examples(tokens, self.settings.train_on, training_users(tokens, split), split, self.section)

@@ -28,7 +28,8 @@ class RankBatch:
         weight: 0 for the stand-in row of a rank that got no example of a short batch, else 1.
         num_targets, num_rows: of the whole step over all ranks and micro-batches: what losses are divided by.
         num_parts: micro-batches of the whole step.
-        features_RF, known_R: for the user encoder.
+        features_RF, known_R, block_R: for the user encoder.
+        line_R: for the user table.
     """
 
     batch: Batch
@@ -39,6 +40,8 @@ class RankBatch:
     rows: Rows = field(default_factory=Rows)
     features_RF: Tensor | None = None
     known_R: Tensor | None = None
+    block_R: Tensor | None = None
+    line_R: Tensor | None = None
 
     @property
     def examples(self) -> Sequence[Example]:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 
-def make_stage(name: str, context: RunContext) -> RankStage:
+def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
     """The stage called `population`, `group/<preset>` or `router/<preset>`."""
     kind, _, preset = name.partition("/")
     if kind == "population":
         return PopulationStage(context)
-    return GroupStage(context, preset) if kind == "group" else RouterStage(context, preset)
+    return GroupStage(context, preset, ranks) if kind == "group" else RouterStage(context, preset)
 
 
 def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:
@@ -37,7 +37,7 @@ def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:
         if ranks.gather([int(place.is_done(fingerprint))])[0][0]:
             continue
         start_s = time.perf_counter()
-        run_rank_stage(make_stage(name, context), ranks, fingerprint)
+        run_rank_stage(make_stage(name, context, ranks), ranks, fingerprint)
         get_logger().info("%s: done in %.1f s", name, time.perf_counter() - start_s)
         if ranks.is_first:
             place.commit(fingerprint, settings, time.perf_counter() - start_s, made_from)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from proper_ds.data.batches import Step, StepPlan
+from proper_ds.data.indices import Indices
+from proper_ds.distributed.apart import Apart
 from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.distributed.engine import RankEngine
@@ -44,7 +46,10 @@ class RankStage(ABC):
         name: the stage's folder below the run, as `group/proper`; also its name in metrics.
         section: its section in the configuration.
         module: maps a RankBatch to (loss, numbers to log).
+        num_owners: examples of owner o go to ranks r with `r % num_owners == o`; 1 where any rank may see any.
     """
+
+    num_owners = 1
 
     name: str
     section: str
@@ -59,7 +64,7 @@ class RankStage(ABC):
         """The stage's section."""
 
     @abstractmethod
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """The examples to learn from."""
 
     @abstractmethod
@@ -68,10 +73,26 @@ class RankStage(ABC):
 
     @abstractmethod
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """Write the result; called on the first rank only."""
+        """Write the result; called on the first rank only.
+
+        Args:
+            weights: of the engine by the module's names, and of what is trained apart by its own.
+        """
+
+    def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
+        """What is trained beside the engine, from the resolved DeepSpeed configuration."""
+        return []
+
+    def owner_of(self, indices: np.ndarray) -> np.ndarray:
+        """Of each example, which of `num_owners` must see it."""
+        raise AssertionError("stages with more than one owner say who it is")
 
     def before_start(self, metrics: MetricsFile) -> None:  # noqa: B027 - most stages have nothing to do here
         """Called on the first rank before a fresh start."""
+
+    def log_more(self, ranks: Ranks) -> dict[str, Any]:
+        """More for the line of metrics about to be written; a collective."""
+        return {}
 
 
 def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
@@ -90,7 +111,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
         warning = f"{damage}; the checkpoint before it is taken"
         get_logger().warning("%s: %s", stage.name, warning)
         metrics.log(stage.name, warning=warning)
-    train_batch_size = batch_size(settings, stage.context.config.distributed.num_ranks)
+    train_batch_size = settings.global_batch_size(stage.context.config.distributed.num_ranks)
     if checkpoint is not None:
         train_batch_size = checkpoint.about["train_batch_size"]
     plan = make_plan(stage, ranks.num_ranks, train_batch_size)
@@ -99,37 +120,36 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     elif ranks.is_first:
         stage.before_start(metrics)
     ds_config = _ds_config(stage, ranks, plan)
-    engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks)
+    engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks, stage.apart(ds_config))
     about = {"train_batch_size": train_batch_size, "num_ranks": ranks.num_ranks, "zero_stage": zero_stage(ds_config)}
     if ranks.is_first:
         _say_where_it_begins(stage, plan, checkpoint, about, metrics)
-    _train(stage, engine, plan, _Saving(checkpoints, about), checkpoint, metrics)
-    weights = engine.weights()
-    if ranks.is_first:
-        stage.finish(weights, folder)
+    saving = _Saving(checkpoints, about)
+    _train(stage, engine, plan, saving, checkpoint, metrics)
+    if checkpoint is None or checkpoint.num_steps < plan.num_steps:
+        saving.save(plan.num_steps, engine)
+        checkpoint = checkpoints.latest(ranks)
+        if checkpoint is None or checkpoint.num_steps < plan.num_steps:
+            raise FleetError(f"{stage.name}: {'; '.join(checkpoints.warnings)}, just written; look at the storage")
+    if ranks.is_first:  # the last checkpoint holds whole what the ranks have in parts
+        stage.finish(checkpoint.weights(), folder)
     ranks.barrier()
     engine.close()
 
 
-def batch_size(settings: RankTraining, num_ranks: int) -> int:
-    """Examples of one optimizer step over the configured number of ranks."""
-    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps * num_ranks
-
-
 def make_plan(stage: RankStage, num_ranks: int, train_batch_size: int) -> StepPlan:
-    """The stage's order of examples, `train_batch_size` of them in each optimizer step."""
-    tokens, settings, indices = stage.context.tokens, stage.settings, stage.indices()
-    lengths = tokens.column("num_tokens")[indices]
+    """The stage's order of examples, `train_batch_size` of them in each step, dealt to so many ranks."""
+    settings = stage.settings
     return StepPlan(
-        indices,
-        lengths,
-        lengths - tokens.column("num_prompt")[indices],
+        stage.indices(),
         num_ranks=num_ranks,
         per_device=settings.per_device_train_batch_size,
         train_batch_size=train_batch_size,
         num_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         seed=seed_of(stage.context.config.seed, stage.name),
+        owner_of=stage.owner_of if stage.num_owners > 1 else None,
+        num_owners=stage.num_owners,
     )
 
 
@@ -202,7 +222,7 @@ def _train(
         window.add(engine.step(batches, rate), step)
         done = number + 1
         if done % settings.logging_steps == 0 or done == plan.num_steps:
-            window.close(done, rate, ranks)
+            window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
             saving.save(done, engine)
 
@@ -223,7 +243,7 @@ class _Window:
         self._num_rows += step.num_rows
         self._num += 1
 
-    def close(self, done: int, rate: float, ranks: Ranks) -> None:
+    def close(self, done: int, rate: float, ranks: Ranks, more: dict[str, Any]) -> None:
         """Log the window's means; a collective. `ce` is per target token, the rest per row."""
         norm = self._sums.pop("grad_norm", 0.0) / self._num
         names = sorted(self._sums)
@@ -247,6 +267,7 @@ class _Window:
                 grad_norm=norm,
                 tokens_per_s=num_tokens / seconds,
                 **values,
+                **more,
             )
         self._sums, self._num_targets, self._num_rows, self._num = {}, 0, 0, 0
         self._start_s = time.perf_counter()

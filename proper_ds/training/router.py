@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from proper_ds.data.batches import Step, collate
+from proper_ds.data.indices import Indices
 from proper_ds.data.tokens import Example
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
@@ -22,7 +23,8 @@ from proper_ds.observe.metrics import MetricsFile
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training.config import RouterConfig
 from proper_ds.training.context import RunContext
-from proper_ds.training.group import GroupInputs, GroupModule
+from proper_ds.training.group_inputs import GroupInputs
+from proper_ds.training.group_module import GroupModule
 from proper_ds.training.rank_batch import RankBatch, dropout_keys, rank_batch
 from proper_ds.training.rank_stage import RankStage
 from proper_ds.training.selection import router_users, training_examples
@@ -44,6 +46,7 @@ class RouterStage(RankStage):
         self._seed = seed_of(config.seed, self.name)
         lm = context.load_lm(with_population=True)
         self._level = GroupLevel.load(context.folder.stage(f"group/{preset}").path / "level.safetensors")
+        self._level.to(context.device)
         self._store = open_store(context.folder.stage(f"store/{preset}").path)
         self._inputs = GroupInputs(context, self._level, self._seed)
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
@@ -63,7 +66,7 @@ class RouterStage(RankStage):
     def _probe_and_exchange(self) -> None:
         """Measure the loss of a sample under the old gates, exchange the routers, measure again."""
         order = np.random.default_rng(self._seed).permutation(len(self._examples))[:NUM_PROBED]
-        examples = self.context.tokens.examples(np.sort(self._examples[order]))
+        examples = self.context.tokens.examples(self._examples.at(np.sort(order)))
         self.module.to(self.context.device)
         self._before = self._loss(examples)
         self._level.add_lora_routers(self._seed)  # only these ask for gradients: the loaded level is frozen
@@ -88,14 +91,17 @@ class RouterStage(RankStage):
         """See RankStage."""
         return self.context.config.router
 
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """See RankStage."""
         return self._examples
 
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """See RankStage."""
         made = rank_batch(
-            self.context.tokens, indices if len(indices) else self._examples[:1], step, self.context.device
+            self.context.tokens,
+            indices if len(indices) else self._examples.at(np.zeros(1, int)),
+            step,
+            self.context.device,
         )
         made.weight = 1.0 if len(indices) else 0.0
         self._fill(made, number)
@@ -121,8 +127,6 @@ class RouterStage(RankStage):
             self.context.folder.stage(f"group/{self._level.preset.name}").path / "level.safetensors"
         )
         level.add_lora_routers(self._seed)
-        missing = level.load_state_dict(
-            {name.removeprefix("level."): value for name, value in weights.items()}, strict=False
-        )
+        missing = level.load_state_dict(weights, strict=False)
         assert not missing.unexpected_keys, missing.unexpected_keys
         level.save(folder / "level.safetensors")

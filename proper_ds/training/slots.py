@@ -35,15 +35,13 @@ class UserTask:
     Attributes:
         key: the user's key; with the run's seed it decides the initial adapter and the order of items.
         examples: the history as training pairs, oldest first.
-        user_vector_U: for presets with a user encoder.
-        table_line: for presets with a user table.
+        user_vector_U: for routers; None without groups.
         initial_row_P: an earlier adapter to go on from, in the run's widest layout; None starts a fresh one.
     """
 
     key: str
     examples: list[Example]
     user_vector_U: Tensor | None = None
-    table_line: int = 0
     initial_row_P: Tensor | None = None
 
 
@@ -244,8 +242,6 @@ class SlotPool:
         if vectors:
             assert len(vectors) == len(rows), "either every user has a vector or none"
             found.user_RU = torch.stack(vectors).to(device)
-        lines_R = torch.tensor([s.task.table_line for s in sitters])
-        found.table_R = lines_R.to(device, non_blocking=True)
         if self.model.has_dropout:
             keys = [sitter.dropout_keys(row) for sitter, row in zip(sitters, rows, strict=True)]
             found.key_R = _keys(packed, keys).to(device)

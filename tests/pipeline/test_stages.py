@@ -97,6 +97,13 @@ def test_who_does_the_work_changes_nothing(prints, override):
     assert changed(prints, override) == []
 
 
+def test_how_a_global_batch_is_dealt_to_ranks_changes_nothing(prints):
+    given = ("population.train_batch_size=8", "group.train_batch_size=8", "router.train_batch_size=8")
+    other = ("distributed.num_ranks=3", "population.per_device_train_batch_size=1")
+    assert prints(*given) == prints(*given, *other)
+    assert prints(*given)["group/proper"] != prints(*given[:1], "group.train_batch_size=9")["group/proper"]
+
+
 def test_changed_data_changes_everything(prints):
     before = prints()
     outputs = prints.data / "train_outputs.json"

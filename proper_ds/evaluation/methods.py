@@ -44,6 +44,19 @@ class Method:
         """The set of adapters that were trained on together with the router, if they were; others keep 3.1's."""
         return f"{self.preset}-joint" if self.gates == "joint" else None
 
+    @property
+    def own_set(self) -> str | None:
+        """The set of adapters that answers, or None."""
+        return self.joint_set or self.adapter_set
+
+    @property
+    def level_folder(self) -> str:
+        """The folder, below the run's, of the group level that answers; only for methods with a preset."""
+        assert self.preset is not None, f"{self.name} has no groups"
+        if self.joint_set is not None:
+            return f"store/{self.joint_set}"
+        return f"{'router' if self.user_lora and self.gates == 'lora' else 'group'}/{self.preset}"
+
 
 METHODS = {
     method.name: method

@@ -85,7 +85,12 @@ def _base(base: BaseConfig) -> list[Problem]:
 
 
 def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
-    return [("population", config.population), ("group", config.group), ("router", config.router)]
+    return [
+        ("population", config.population),
+        ("group", config.group),
+        ("router", config.router),
+        ("joint", config.joint),
+    ]
 
 
 def _global_batches(config: RunConfig) -> list[Problem]:
@@ -170,14 +175,15 @@ def _methods(config: RunConfig) -> list[Problem]:
     evaluation, problems = config.evaluation, []
     needs = needs_of(evaluation.methods)
     missing = sorted(set(config.group.lora.target_modules) - set(config.user.lora.target_modules))
-    if needs.routers and missing:
+    lora_aware = needs.routers or needs.joints
+    if lora_aware and missing:
         wrong = f"lacks {', '.join(missing)}, which group.lora.target_modules has"
         mend = (
             "The LoRA-aware router reads the user's LoRA on every group module: add them, or drop the proper methods."
         )
         problems.append(Problem("user.lora.target_modules", wrong, mend))
     below = _missing_layers(config)
-    if needs.routers and below:
+    if lora_aware and below:
         mend = "The LoRA-aware router reads the user's LoRA on every group module: add them, or set group.lora.layers."
         problems.append(Problem("user.lora.layers", f"lacks {below}, which group.lora has", mend))
     if "proper-released" in needs.presets and "history" not in config.group.train_on:

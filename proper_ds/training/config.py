@@ -159,3 +159,13 @@ class RouterConfig(RankTraining):
     """Whose examples and adapters teach the router."""
     max_users: int | None = Field(default=None, ge=1)
     """Learn from a sample of so many users."""
+    max_damaged_share: float = Field(default=0.01, ge=0, le=1)
+    """Users whose stored adapter cannot be read are left out, with a warning; with more of them the run ends."""
+
+
+class JointConfig(RouterConfig):
+    """Stages 3.1 and 3.2 together, from 3.1's adapters: a LoRA-aware router and the sampled users' adapters."""
+
+    train_on: list[Examples] = ["history", "queries"]
+    user_learning_rate: float = Field(default=2e-4, gt=0)
+    """Of the users' adapters; it follows the same schedule. AdamW's other numbers, and `max_grad_norm`, are shared."""

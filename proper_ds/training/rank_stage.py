@@ -87,8 +87,11 @@ class RankStage(ABC):
         """Of each example, which of `num_owners` must see it."""
         raise AssertionError("stages with more than one owner say who it is")
 
-    def before_start(self, metrics: MetricsFile) -> None:  # noqa: B027 - most stages have nothing to do here
-        """Called on the first rank before a fresh start."""
+    def before_start(self, engine: RankEngine, metrics: MetricsFile) -> None:  # noqa: B027 - most have nothing to do
+        """Called on all ranks before a fresh start, once the engine holds the module; a collective."""
+
+    def before_finish(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - most have nothing to do
+        """Called on all ranks with the last checkpoint, before the first one writes the result; a collective."""
 
     def log_more(self, ranks: Ranks) -> dict[str, Any]:
         """More for the line of metrics about to be written; a collective."""
@@ -107,25 +110,33 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint, settings.save_total_limit)
     metrics = MetricsFile(stage.context.folder.metrics)
     checkpoint = checkpoints.latest(ranks)
+    for damage in checkpoints.warnings:
+        warning = f"{damage}; the checkpoint before it is taken"
+        get_logger().warning("%s: %s", stage.name, warning)
+        metrics.log(stage.name, warning=warning)
     train_batch_size = settings.global_batch_size(stage.context.config.distributed.num_ranks)
     if checkpoint is not None:
         train_batch_size = checkpoint.about["train_batch_size"]
     plan = make_plan(stage, ranks.num_ranks, train_batch_size)
     if checkpoint is not None:
         load_trained(stage.module, checkpoint.tensors)
-    elif ranks.is_first:
-        stage.before_start(metrics)
     ds_config = _ds_config(stage, ranks, plan)
     engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks, stage.apart(ds_config))
     about = {"train_batch_size": train_batch_size, "num_ranks": ranks.num_ranks, "zero_stage": zero_stage(ds_config)}
     if ranks.is_first:
         _say_where_it_begins(stage, plan, checkpoint, about, metrics)
+    if checkpoint is None:
+        stage.before_start(engine, metrics)
     saving = _Saving(checkpoints, about)
     _train(stage, engine, plan, saving, checkpoint, metrics)
     if checkpoint is None or checkpoint.num_steps < plan.num_steps:
         saving.save(plan.num_steps, engine)
         checkpoint = checkpoints.latest(ranks)
+        if checkpoint is None or checkpoint.num_steps < plan.num_steps:
+            raise FleetError(f"{stage.name}: {'; '.join(checkpoints.warnings)}, just written; look at the storage")
     assert checkpoint is not None
+    stage.before_finish(checkpoint)
+    ranks.barrier()
     if ranks.is_first:  # the last checkpoint holds whole what the ranks have in parts
         stage.finish(checkpoint.weights(), folder)
     ranks.barrier()

@@ -127,7 +127,7 @@ class GroupStage(RankStage):
         super().__init__(context)
         self.name = f"group/{preset}"
         self._seed = seed_of(context.config.seed, self.name)
-        lm = context.load_lm(with_population=True)
+        lm = self.load_lm(with_population=True)
         settings = self.settings
         targets = find_targets(lm, settings.lora.target_modules, settings.lora.layers)
         layout = LoraLayout.of(targets, settings.lora)

@@ -52,7 +52,7 @@ class PopulationStage(RankStage):
 
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)
-        lm = context.load_lm(with_population=False)
+        lm = self.load_lm(with_population=False)
         lora = self.settings.lora
         targets = find_targets(lm, lora.target_modules, lora.layers)
         self._layout = LoraLayout.of(targets, lora)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from proper_ds.data.batches import Step, StepPlan
 from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
-from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
+from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.errors import ConfigError, FleetError
@@ -54,6 +55,21 @@ class RankStage(ABC):
     def settings(self) -> RankTraining:
         """The stage's section."""
 
+    def load_lm(self, with_population: bool) -> Any:
+        """The frozen base: whole, or this rank's shards of it under ZeRO 3."""
+        ds_config = self.ds_config(torch.distributed.get_world_size())
+        return self.context.load_lm(with_population, ds_config if zero_stage(ds_config) == 3 else None)
+
+    def ds_config(self, num_ranks: int) -> dict[str, Any]:
+        """The stage's DeepSpeed configuration. Raises ConfigError for what contradicts it on this device."""
+        config, device = self.context.config, self.context.device
+        bf16 = self.context.dtype == torch.bfloat16
+        raw = read_ds_file(config.distributed.deepspeed)
+        resolved, problems = resolve_ds(raw, self.section, self.settings, num_ranks, bf16)
+        if problems:  # base.dtype `auto` is known only here
+            raise ConfigError(f"{config.distributed.deepspeed} on {device.type}", problems)
+        return resolved
+
     @abstractmethod
     def indices(self) -> np.ndarray:
         """The examples to learn from."""
@@ -72,7 +88,6 @@ class RankStage(ABC):
 
 def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     """Train a stage to its end, from its last checkpoint where there is one; a collective of all ranks."""
-    config, settings = stage.context.config, stage.settings
     plan = make_plan(stage, ranks.num_ranks)
     folder = stage.context.folder.stage(stage.name).path
     checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint)
@@ -83,12 +98,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
         get_logger().info("%s: goes on after step %d of %d", stage.name, checkpoint.num_steps, plan.num_steps)
     elif ranks.is_first:
         stage.before_start(metrics)
-    raw = read_ds_file(config.distributed.deepspeed)
-    bf16 = stage.context.dtype == torch.bfloat16
-    ds_config, problems = resolve_ds(raw, stage.section, settings, ranks.num_ranks, bf16)
-    if problems:  # base.dtype `auto` is known only here
-        raise ConfigError(f"{config.distributed.deepspeed} on {ranks.device.type}", problems)
-    engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks)
+    engine = RankEngine(stage.module.to(ranks.device), stage.ds_config(ranks.num_ranks), ranks)
     _train(stage, engine, plan, checkpoints, checkpoint, metrics)
     weights = engine.weights()
     if ranks.is_first:

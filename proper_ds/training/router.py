@@ -12,6 +12,7 @@ import torch
 
 from proper_ds.data.batches import Step, collate
 from proper_ds.data.tokens import Example
+from proper_ds.distributed.sharded_base import gathering
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
@@ -42,7 +43,7 @@ class RouterStage(RankStage):
         self.name = f"router/{preset}"
         config = context.config
         self._seed = seed_of(config.seed, self.name)
-        lm = context.load_lm(with_population=True)
+        lm = self.load_lm(with_population=True)
         self._level = GroupLevel.load(context.folder.stage(f"group/{preset}").path / "level.safetensors")
         self._store = open_store(context.folder.stage(f"store/{preset}").path)
         self._inputs = GroupInputs(context, self._level, self._seed)
@@ -73,7 +74,7 @@ class RouterStage(RankStage):
     def _loss(self, examples: list[Example]) -> float:
         made = RankBatch(collate(examples, self.context.device), 1.0, 1, 1, 1)
         self._fill(made, 0)
-        with torch.no_grad():
+        with gathering(self.module):
             _, numbers = self.module(made)
         return float(numbers["ce"]) / sum(example.num_targets for example in examples)
 

@@ -7,6 +7,7 @@ Frozen weights need no gradients, master copies or moments: a rank holds its sha
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from torch import nn
 from proper_ds.distributed.engine import import_deepspeed
 
 Tensor = torch.Tensor
+
+_M_MMAP_THRESHOLD = -3
 
 Read = Callable[[str, torch.Size, int, int], Tensor]
 """(name, shape, start, stop) -> numbers `start` to `stop` of the parameter laid out flat."""
@@ -33,8 +36,11 @@ def shard(module: nn.Module, read: Read, ds_config: dict[str, Any], device: torc
         ds_config: a resolved DeepSpeed configuration of ZeRO stage 3.
     """
     deepspeed = import_deepspeed(device.type == "cuda")
+    if device.type == "cpu":
+        _give_freed_memory_back()
     deepspeed.init_distributed()  # takes over torch's process group, whose size `zero.Init` reads
-    init = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    # given a module, even an empty one, DeepSpeed makes linear layers that keep no whole weights for their backward
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=ds_config)
     num_ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     names = {parameter: name for name, parameter in module.named_parameters()}
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -52,6 +58,17 @@ def shard(module: nn.Module, read: Read, ds_config: dict[str, Any], device: torc
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             owner._parameters[name] = made[parameter]  # tied parameters stay one
+
+
+def _give_freed_memory_back() -> None:
+    """Let the C library map blocks of 1 MiB and more one by one, so that what is freed is gone.
+
+    glibc raises this limit to 32 MiB as blocks are freed, and whole parameters then leave holes between the parts that
+    stay: a rank was seen to keep twice what it holds. Other C libraries have no such option and no such limit.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager

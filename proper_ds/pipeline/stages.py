@@ -180,7 +180,7 @@ class StageList:
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
         found = _dump(getattr(config, section))
-        for without_effect in ("logging_steps", "save_steps"):
+        for without_effect in ("logging_steps", "save_steps", "gradient_checkpointing"):
             found.pop(without_effect)
         return found | {
             "seed": config.seed,

@@ -87,6 +87,10 @@ class RankStage(ABC):
         """Of each example, which of `num_owners` must see it."""
         raise AssertionError("stages with more than one owner say who it is")
 
+    def about(self) -> dict[str, Any]:
+        """How it is spread over the ranks, for checkpoints and metrics to tell."""
+        return {}
+
     def before_start(self, metrics: MetricsFile) -> None:  # noqa: B027 - most stages have nothing to do here
         """Called on the first rank before a fresh start."""
 
@@ -122,6 +126,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     ds_config = _ds_config(stage, ranks, plan)
     engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks, stage.apart(ds_config))
     about = {"train_batch_size": train_batch_size, "num_ranks": ranks.num_ranks, "zero_stage": zero_stage(ds_config)}
+    about |= stage.about()
     if ranks.is_first:
         _say_where_it_begins(stage, plan, checkpoint, about, metrics)
     saving = _Saving(checkpoints, about)

@@ -13,6 +13,7 @@ from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.training.config import OptimSettings, RankTraining, UserConfig
+from proper_ds.training.schedule import wrong_kwargs
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -24,6 +25,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_data(config),
         *_base(config.base),
         *_global_batches(config),
+        *_packing(config),
         *_schedules(config),
         *_users(config),
         *_batches(config),
@@ -84,7 +86,12 @@ def _base(base: BaseConfig) -> list[Problem]:
 
 
 def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
-    return [("population", config.population), ("group", config.group), ("router", config.router)]
+    return [
+        ("population", config.population),
+        ("group", config.group),
+        ("router", config.router),
+        ("joint", config.joint),
+    ]
 
 
 def _global_batches(config: RunConfig) -> list[Problem]:
@@ -101,14 +108,31 @@ def _global_batches(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def _packing(config: RunConfig) -> list[Problem]:
+    wrong = "has no effect with per_device_train_batch_size 1: there is nothing to put into one row"
+    return [
+        Problem(f"{name}.packing", wrong, "Remove it, or raise the batch size.")
+        for name, stage in (("population", config.population), ("group", config.group))
+        if stage.packing and stage.per_device_train_batch_size == 1
+    ]
+
+
 def _schedules(config: RunConfig) -> list[Problem]:
     stages: list[tuple[str, OptimSettings]] = [*_rank_stages(config), ("user", config.user)]
-    mend = "Remove it, or use `constant_with_warmup`."
-    return [
-        Problem(f"{name}.warmup_ratio", "has no effect with lr_scheduler_type `constant`", mend)
-        for name, stage in stages
-        if stage.lr_scheduler_type == "constant" and "warmup_ratio" in stage.model_fields_set and stage.warmup_ratio
-    ]
+    problems = []
+    for name, stage in stages:
+        problems += [Problem(f"{name}.lr_scheduler_kwargs", wrong, mend) for wrong, mend in wrong_kwargs(stage)]
+        without = stage.lr_scheduler_type == "constant"
+        for key in ("warmup_ratio", "warmup_steps"):
+            if without and key in stage.model_fields_set and getattr(stage, key):
+                wrong, mend = (
+                    "has no effect with lr_scheduler_type `constant`",
+                    "Remove it, or use `constant_with_warmup`.",
+                )
+                problems.append(Problem(f"{name}.{key}", wrong, mend))
+        if stage.warmup_steps is not None and "warmup_ratio" in stage.model_fields_set and stage.warmup_ratio:
+            problems.append(Problem(f"{name}.warmup_ratio", "given together with warmup_steps", "Keep one of the two."))
+    return problems
 
 
 def _users(config: RunConfig) -> list[Problem]:
@@ -160,14 +184,15 @@ def _methods(config: RunConfig) -> list[Problem]:
     evaluation, problems = config.evaluation, []
     needs = needs_of(evaluation.methods)
     missing = sorted(set(config.group.lora.target_modules) - set(config.user.lora.target_modules))
-    if needs.routers and missing:
+    lora_aware = needs.routers or needs.joints
+    if lora_aware and missing:
         wrong = f"lacks {', '.join(missing)}, which group.lora.target_modules has"
         mend = (
             "The LoRA-aware router reads the user's LoRA on every group module: add them, or drop the proper methods."
         )
         problems.append(Problem("user.lora.target_modules", wrong, mend))
     below = _missing_layers(config)
-    if needs.routers and below:
+    if lora_aware and below:
         mend = "The LoRA-aware router reads the user's LoRA on every group module: add them, or set group.lora.layers."
         problems.append(Problem("user.lora.layers", f"lacks {below}, which group.lora has", mend))
     if "proper-released" in needs.presets and "history" not in config.group.train_on:

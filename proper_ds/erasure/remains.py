@@ -46,6 +46,9 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
         stages[f"group/{preset}"] = (taught, config.group.train_on)
     for preset in needs.routers:
         stages[f"router/{preset}"] = (router, config.router.train_on)
+    for preset in needs.joints:
+        joint = router_users(tokens, config.joint.users, config.joint.max_users, split, config.seed)
+        stages[f"store/{preset}-joint"] = (joint, config.joint.train_on)
     for name, (mask, train_on) in stages.items():
         done = folder.stage(name).inputs()
         if done is not None:

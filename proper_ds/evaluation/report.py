@@ -90,7 +90,8 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
 def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
     manifest = context.prepared.manifest
     sets = {}
-    for name in dict.fromkeys(METHODS[m].adapter_set for m in config.evaluation.methods):
+    methods = [METHODS[name] for name in config.evaluation.methods]
+    for name in dict.fromkeys(name for method in methods for name in (method.adapter_set, method.own_set)):
         if name is None:
             continue
         store = open_store(context.folder.stage(f"store/{name}").path)

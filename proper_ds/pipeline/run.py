@@ -162,7 +162,7 @@ class Run:
             newest = open_store(place.path).last_version() if stage.is_update else 0
             about = about | {"version": max(newest, begun) + 1}
         was_moved = place.begin(stage.fingerprint, about, stage.is_update)
-        if stage.step == "user":
+        if stage.name.startswith("store/"):
             point_to(place.path, self.config.store.location)
         return was_moved
 

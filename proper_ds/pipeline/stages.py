@@ -109,6 +109,9 @@ class StageList:
         for preset in needs.routers:
             before = [f"group/{preset}", f"store/{preset}"]
             self._add(f"router/{preset}", "router", "ranks", self._rank_settings("router"), before)
+        for preset in needs.joints:
+            settings = self._rank_settings("joint") | {"stored_as": config.store.dtype}
+            self._add(f"store/{preset}-joint", "router", "ranks", settings, [f"group/{preset}", f"store/{preset}"])
         self._add_evaluation()
         self._kept.settle()
 
@@ -183,11 +186,19 @@ class StageList:
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
         found = _dump(getattr(config, section))
-        # what counts is the size of a global batch; how it is dealt to ranks is rounding
+        # where a global batch is given, how it is dealt to ranks is rounding
         dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
         idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
-        for without_effect in ("logging_steps", "save_steps", "save_total_limit", *idle):
-            found.pop(without_effect)
+        run_only = (
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "packing",
+            "gradient_checkpointing",
+            "max_damaged_share",
+        )
+        for without_effect in (*run_only, *idle):
+            found.pop(without_effect, None)
         return found | {
             "seed": config.seed,
             "dtype": config.base.dtype,
@@ -256,6 +267,7 @@ class StageList:
             before += [f"group/{method.preset}"] if method.preset else []
             before += [f"store/{method.adapter_set}"] if method.adapter_set else []
             before += [f"router/{method.preset}"] if method.user_lora and method.gates == "lora" else []
+            before += [f"store/{method.joint_set}"] if method.joint_set else []
         before = list(dict.fromkeys(before))
         self._add("predictions", "evaluate", "fleet", settings, before)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}

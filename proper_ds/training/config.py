@@ -9,7 +9,17 @@ from pydantic import Field, field_validator
 from proper_ds.model.config import ATTENTION, LoraSettings
 from proper_ds.section import Section
 
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 Examples = Literal["history", "queries"]
 Users = Literal["train", "all"]
 
@@ -19,7 +29,11 @@ class OptimSettings(Section):
 
     learning_rate: float = Field(default=2e-4, gt=0)
     lr_scheduler_type: Schedule = "cosine"
+    lr_scheduler_kwargs: dict[str, float | str] = {}
+    """More for the schedule, as Hugging Face's `get_scheduler` takes it, such as `{min_lr_rate: 0.1}`."""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Exactly so many warm-up steps instead of `warmup_ratio`."""
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -37,6 +51,8 @@ class RankTraining(OptimSettings):
     train_batch_size: int | None = Field(default=None, ge=1)
     """Examples of one optimizer step over all ranks, whatever their number; ranks then accumulate as often as it takes.
     By default the product of the two above and `distributed.num_ranks`."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and run the layer again in the backward pass: less memory, a third more work."""
     max_steps: int | None = Field(default=None, ge=1)
     """Exactly so many optimizer steps instead of `num_train_epochs`, going round the data as often as needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -68,6 +84,9 @@ class RankTraining(OptimSettings):
 class PopulationConfig(RankTraining):
     """Stage 1: one LoRA over everybody's data (PROPER, section 3.2; released code: attention, r 8, alpha 16)."""
 
+    packing: bool = False
+    """Fill the room that a micro-batch's longest example leaves with shorter ones, which do not see each other: the
+    same result but for rounding. For bases that take 4-D masks, and whose window is not shorter than an example."""
     lora: LoraSettings = LoraSettings(r=8, lora_alpha=16, target_modules=ATTENTION)
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -77,6 +96,8 @@ class GroupConfig(RankTraining):
     """Stage 2: a mixture of LoRA experts with a user-aware router (PROPER, section 3.3)."""
 
     lora: LoraSettings = LoraSettings()
+    packing: bool = False
+    """As `population.packing`."""
     num_experts: int = Field(default=5, ge=2)
     top_k: int | None = Field(default=None, ge=1)
     """`proper` only: experts of a token; None: all of them, as PROPER has it. For hundreds of groups and more."""
@@ -154,3 +175,13 @@ class RouterConfig(RankTraining):
     """Whose examples and adapters teach the router."""
     max_users: int | None = Field(default=None, ge=1)
     """Learn from a sample of so many users."""
+    max_damaged_share: float = Field(default=0.01, ge=0, le=1)
+    """Users whose stored adapter cannot be read are left out, with a warning; with more of them the run ends."""
+
+
+class JointConfig(RouterConfig):
+    """Stages 3.1 and 3.2 together, from 3.1's adapters: a LoRA-aware router and the sampled users' adapters."""
+
+    train_on: list[Examples] = ["history", "queries"]
+    user_learning_rate: float = Field(default=2e-4, gt=0)
+    """Of the users' adapters; it follows the same schedule. AdamW's other numbers, and `max_grad_norm`, are shared."""

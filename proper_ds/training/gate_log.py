@@ -57,4 +57,5 @@ class GateLog:
         problems = gate_problems(self._last, alike, self._section, is_steered) if self._last is not None else []
         metrics.log(self._stage, event="experts", gates=self._last, likeness=alike, problems=problems)
         for problem in problems:
+            metrics.log(self._stage, warning=problem)  # for the driver's terminal
             get_logger().warning("%s: %s", self._stage, problem)

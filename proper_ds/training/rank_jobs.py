@@ -10,6 +10,7 @@ from proper_ds.distributed.ranks import Ranks
 from proper_ds.observe.log import get_logger
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupStage
+from proper_ds.training.joint import JointStage
 from proper_ds.training.population import PopulationStage
 from proper_ds.training.rank_stage import CHECKPOINT, RankStage, run_rank_stage
 from proper_ds.training.router import RouterStage
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 
 def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
-    """The stage called `population`, `group/<preset>` or `router/<preset>`."""
+    """The stage called `population`, `group/<preset>`, `router/<preset>` or `store/<preset>-joint`."""
     kind, _, preset = name.partition("/")
     if kind == "population":
         return PopulationStage(context)
-    return GroupStage(context, preset, ranks) if kind == "group" else RouterStage(context, preset)
+    if kind == "store":
+        return JointStage(context, preset.removesuffix("-joint"), ranks)
+    return GroupStage(context, preset, ranks) if kind == "group" else RouterStage(context, preset, ranks)
 
 
 def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:

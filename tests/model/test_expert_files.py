@@ -14,7 +14,7 @@ from proper_ds.errors import AdapterError
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import FEED_FORWARD, LoraSettings
 from proper_ds.model.expert_files import write_experts
-from proper_ds.model.groups import GroupLevel
+from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import PRESETS
 from tests.fakes import tiny_llama
@@ -26,7 +26,7 @@ SETTINGS = LoraSettings(r=2, lora_alpha=4.0, target_modules=FEED_FORWARD, layers
 def level_of(preset):
     targets = find_targets(tiny_llama(), SETTINGS.target_modules, SETTINGS.layers)
     sizes = {"feature_size": 4, "user_vector_size": 3} if preset == "proper" else {"num_users": 2}
-    level = GroupLevel(LoraLayout.of(targets, SETTINGS), PRESETS[preset], N, 0, **sizes)
+    level = GroupLevel(LoraLayout.of(targets, SETTINGS), PRESETS[preset], GroupSizes(N, **sizes), 0)
     generator = torch.Generator().manual_seed(3)
     for _, b_NEr in level.expert_weights():
         b_NEr.copy_(torch.randn(b_NEr.shape, generator=generator) * 0.3)

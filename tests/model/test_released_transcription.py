@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import takewhile
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from proper_ds.data.batches import collate
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import FEED_FORWARD, LoraSettings
-from proper_ds.model.groups import GroupLevel
+from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout, SlotBuffers
 from proper_ds.model.presets import PRESETS
 from proper_ds.model.routing import Rows
-from proper_ds.training.group import GroupModule
+from proper_ds.training.group_module import GroupModule
 from proper_ds.training.rank_batch import RankBatch
 from tests.fakes import random_examples, tiny_llama
 
@@ -50,7 +51,12 @@ class Held:
         router = mixture.router
         inner = getattr(router, "user_router", router)
         found = [getattr(inner, "token", None), getattr(inner, "user", None), getattr(router, "lora", None)]
-        return cls(mixture.lora_A, mixture.lora_B, *found, getattr(inner, "table", None))
+        experts, table = mixture.experts, None
+        if level.user_table is not None:  # all modules' rows side by side
+            widths = {shape.name: shape.in_features for shape in level.layout.modules}
+            first = sum(width for _, width in takewhile(lambda pair: pair[0] != name, widths.items()))
+            table = level.user_table.weight[:, first : first + widths[name]]
+        return cls(experts.lora_A, experts.lora_B, *found, table)
 
 
 def fill(level, seed=1, spread=0.15):
@@ -58,7 +64,7 @@ def fill(level, seed=1, spread=0.15):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in level.named_parameters():
-            wide = 1.0 if "router" in name or "encoder" in name else spread
+            wide = spread if "lora_A" in name or "lora_B" in name else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * wide)
 
 
@@ -147,7 +153,7 @@ class Setting:
         self.layout = LoraLayout.of(targets, SETTINGS)
         proper = self.preset == "proper"
         sizes = {"feature_size": FEATURES, "user_vector_size": USER_VECTOR} if proper else {"num_users": NUM_USERS}
-        self.level = GroupLevel(self.layout, PRESETS[self.preset], N, 0, **sizes)
+        self.level = GroupLevel(self.layout, PRESETS[self.preset], GroupSizes(N, **sizes), 0)
         if self.stage == "3.2":
             self.level.add_lora_routers(0)
         self.level.to(self.dtype)
@@ -168,10 +174,18 @@ class Setting:
     def batch(self, users):
         batch = collate([self.examples[user] for user in users])
         index = torch.tensor(users)
-        rows = Rows(slot_R=index if self.stage != "2" else None, table_R=index + 1)
+        rows = Rows(slot_R=index if self.stage != "2" else None)
         counts = (len(batch.target_K), len(users), 1)
         known_R = torch.ones(len(users), dtype=torch.bool)
-        return RankBatch(batch, 1.0, *counts, rows, self.features[index], known_R)
+        return RankBatch(batch, 1.0, *counts, rows, self.features[index], known_R, line_R=index + 1)
+
+    def set_rows(self, made):
+        """As GroupModule does before a forward pass."""
+        if self.level.encoder is not None:
+            made.rows.user_RU = self.level.encoder(made.features_RF, made.known_R)
+        else:
+            made.rows.user_RU = self.level.user_table(made.line_R)
+        self.model.set_rows(made.rows)
 
     def plain(self, user):
         """(loss of each target, the constraint, the modules) of one user's sequence."""
@@ -204,18 +218,16 @@ def test_gates_and_outputs_of_every_module_equal_the_equations(preset, stage, dt
     for user in (0, 3):
         _, _, modules = setting.plain(user)
         made = setting.batch([user])
-        if setting.level.encoder is not None:
-            made.rows.user_RU = setting.level.encoder(made.features_RF, made.known_R)
-        made.rows.gates = []
+        made.rows.gates = {}
         setting.model.attach_groups(setting.level.by_module())
-        setting.model.set_rows(made.rows)
+        setting.set_rows(made)
         generator = torch.Generator().manual_seed(user)
         for (name, adapted), plain in zip(setting.model.adapted.items(), modules, strict=True):
             x = torch.randn(1, 3, plain.base.in_features, generator=generator, dtype=torch.float64).to(dtype)
             with torch.no_grad():
                 found, wanted = adapted(x), plain(x)
             assert (found - wanted).abs().max() <= CLOSE[dtype] * max(1.0, float(wanted.abs().max())), name
-            gates = setting.model.rows.gates[-1][1][0].mean(0).tolist()
+            gates = setting.model.rows.gates[name][0].mean(0).tolist()
             assert gates == pytest.approx(plain.omega, abs=CLOSE[dtype])
 
 
@@ -251,7 +263,7 @@ def test_the_transcription_tells_users_and_stages_apart(preset, stage):
     setting.examples[1] = setting.examples[0]
     assert setting.plain(1)[0] != pytest.approx(one[0], abs=1e-4)
     for module in setting.level.by_module().values():
-        module.lora_B.data.zero_()
+        module.experts.lora_B.data.zero_()
     assert setting.plain(0)[0] != pytest.approx(one[0], abs=1e-3)
 
 
@@ -304,7 +316,7 @@ def test_the_released_constraint_has_no_gradient(stage):
     found = gradients(setting, users)
     setting.level.zero_grad()
     batch = setting.batch(users).batch
-    setting.model.set_rows(setting.batch(users).rows)
+    setting.set_rows(setting.batch(users))
     losses = setting.model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
     losses.mean().backward()
     for name, parameter in setting.level.named_parameters():
@@ -317,20 +329,20 @@ def test_the_released_constraint_has_no_gradient(stage):
 def test_released_gates_and_constraint_keep_their_bounds_and_reach_them(spread):
     setting = Setting("proper-released", "2", torch.float64)
     module = setting.module()
-    for mixture in setting.level.by_module().values():
+    for name, mixture in setting.level.by_module().items():
         router = mixture.router
         for parameter in (router.token, router.user):
             parameter.data *= spread
         if spread > 100:  # token and user agree on expert 0, as far as numbers go
             router.token.data[0] *= 0
             router.token.data[1:] = -spread * torch.ones_like(router.token.data[1:])
-            router.user.data[0] = spread * router.table.data[1]
+            router.user.data[0] = spread * Held.of(setting.level, name).table.data[1]
             router.user.data[1:] = 0
     made = setting.batch([0])
     with torch.no_grad():
         _, numbers = module(made)
         constraint = float(numbers["constraint"])
-        gates = torch.cat([g.flatten() for _, g in made.rows.gates])
+        gates = torch.cat([g.flatten() for g in made.rows.gates.values()])
     assert gates.min() >= LOW - 1e-12
     assert gates.max() <= HIGH + 1e-12
     assert 0.548 <= constraint <= 0.800 + 1e-7

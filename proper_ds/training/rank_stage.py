@@ -110,6 +110,10 @@ class RankStage(ABC):
         """Of each example, which of `num_owners` must see it."""
         raise AssertionError("stages with more than one owner say who it is")
 
+    def about(self) -> dict[str, Any]:
+        """How it is spread over the ranks, for checkpoints and metrics to tell."""
+        return {}
+
     def before_start(self, engine: RankEngine, metrics: MetricsFile) -> None:  # noqa: B027 - most have nothing to do
         """Called on all ranks before a fresh start, once the engine holds the module; a collective."""
 
@@ -146,6 +150,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     ds_config = stage.ds_config(ranks.num_ranks, plan.accumulation)
     engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks, stage.apart(ds_config))
     about = {"train_batch_size": train_batch_size, "num_ranks": ranks.num_ranks, "zero_stage": zero_stage(ds_config)}
+    about |= stage.about()
     if ranks.is_first:
         _say_where_it_begins(stage, plan, checkpoint, about, metrics)
     if checkpoint is None:

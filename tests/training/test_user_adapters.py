@@ -63,7 +63,9 @@ def test_a_damaged_adapter_leaves_out_its_user_alone_and_says_so(adapters, caplo
 def test_more_damage_than_allowed_ends_the_run(adapters):
     mask = adapters.stored(np.ones(5, dtype=bool))
     adapters.packs[1].unlink()
-    with pytest.raises(StoreError, match=r"2 of 4 adapters of store/proper cannot be read, more than max_damaged_share"):
+    with pytest.raises(
+        StoreError, match=r"2 of 4 adapters of store/proper cannot be read, more than max_damaged_share"
+    ):
         adapters.without_damaged(mask, 0.25, HERE, "router/proper")
     left = adapters.without_damaged(mask, 0.5, HERE, "router/proper")
     assert left.tolist() == [True, True, False, False, False]

@@ -102,7 +102,7 @@ def train_plain():
 
 
 def train_ranks(zero, start, stop, folder):
-    """On the running ranks, from the checkpoint in `folder` unless `start` is 0; leaves one; (losses, rows, routers)."""
+    """On the running ranks, from the checkpoint in `folder` unless `start` is 0; (losses, rows, router weights)."""
     ranks = current_ranks(1)
     model, layout, module = make()
     raw = {"zero_optimization": {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})}

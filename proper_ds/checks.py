@@ -24,6 +24,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_data(config),
         *_base(config.base),
         *_global_batches(config),
+        *_packing(config),
         *_schedules(config),
         *_users(config),
         *_batches(config),
@@ -104,6 +105,15 @@ def _global_batches(config: RunConfig) -> list[Problem]:
             wrong = f"{stage.train_batch_size} leaves some of distributed.num_ranks {num_ranks} without an example"
             problems.append(Problem(f"{name}.train_batch_size", wrong, "Raise it, or use fewer ranks."))
     return problems
+
+
+def _packing(config: RunConfig) -> list[Problem]:
+    wrong = "has no effect with per_device_train_batch_size 1: there is nothing to put into one row"
+    return [
+        Problem(f"{name}.packing", wrong, "Remove it, or raise the batch size.")
+        for name, stage in (("population", config.population), ("group", config.group))
+        if stage.packing and stage.per_device_train_batch_size == 1
+    ]
 
 
 def _schedules(config: RunConfig) -> list[Problem]:

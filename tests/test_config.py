@@ -105,6 +105,11 @@ def test_a_global_batch_is_said_once_and_gives_every_rank_an_example(load):
     assert load(GOOD, "group.train_batch_size=12", "distributed.num_ranks=5").group.num_micro_batches(5) == 1
 
 
+def test_packing_needs_something_to_pack(load):
+    found = problems(load, "group.packing=true", "group.per_device_train_batch_size=1")
+    assert "no effect" in found["group.packing"]
+
+
 def test_all_mistakes_come_at_once(load):
     found = problems(
         load, "sede=1", "population.learning_rate=-1", "user.num_tokens_per_batch=20", "evaluation.split=train"

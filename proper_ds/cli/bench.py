@@ -84,3 +84,15 @@ def users(
     from proper_ds.bench.users import bench_users
 
     bench_users(preset, batch_size, repeats, json)
+
+
+@app.command()
+def group(
+    parity: Annotated[bool, typer.Option("--parity", help="Losses on several ranks beside one process.")] = False,
+    json_file: Json = None,
+) -> None:
+    """The group stage: equal losses on any ranks (`--parity`)."""
+    from proper_ds.bench.parity import bench_parity
+
+    if parity:
+        bench_parity(json_file)

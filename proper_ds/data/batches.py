@@ -23,9 +23,12 @@ class Batch:
     """Right-padded rows and where their targets are.
 
     Attributes:
+        length_R: tokens of each row that are not padding.
         row_K, position_K: where each target token is predicted (one before where it stands).
-        target_K: the tokens to be predicted: each row's answer and end token.
-        examples: the rows' examples, in order.
+        target_K: the tokens to be predicted: each text's answer and end token.
+        examples: the texts, in order; without packing, the rows.
+        text_RT: which of the examples a token belongs to, -1 for padding; None where each row is one text.
+        place_RT: each token's place in its own text; None as above.
     """
 
     ids_RT: Tensor
@@ -34,6 +37,8 @@ class Batch:
     position_K: Tensor
     target_K: Tensor
     examples: tuple[Example, ...]
+    text_RT: Tensor | None = None
+    place_RT: Tensor | None = None
 
     @property
     def mask_RT(self) -> Tensor:
@@ -41,29 +46,67 @@ class Batch:
         return torch.arange(self.ids_RT.shape[1], device=self.ids_RT.device) < self.length_R[:, None]
 
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu", pad_id: int = 0) -> Batch:
-    """A batch of the examples, as wide as the longest."""
+def collate(
+    examples: Sequence[Example], device: torch.device | str = "cpu", pad_id: int = 0, *, packing: bool = False
+) -> Batch:
+    """A batch of the examples, as wide as the longest.
+
+    Args:
+        packing: put short examples into the room that the longest leaves, several to a row.
+    """
     length = np.asarray([len(example.ids) for example in examples], dtype=np.int64)
     num_prompt = np.asarray([example.num_prompt for example in examples], dtype=np.int64)
-    ids = np.full((len(examples), int(length.max())), pad_id, dtype=np.int64)
-    for number, example in enumerate(examples):
-        ids[number, : len(example.ids)] = example.ids
+    rows = first_fit_decreasing(length, int(length.max())) if packing else []
+    is_packed = 0 < len(rows) < len(examples)
+    if not is_packed:
+        rows = [[number] for number in range(len(examples))]
+    row, start = np.zeros_like(length), np.zeros_like(length)
+    for number, texts in enumerate(rows):
+        row[texts], start[texts] = number, np.cumsum([0, *length[texts[:-1]]])
+    within, row_at = counts_up(length), np.repeat(row, length)
+    column_at = np.repeat(start, length) + within
+    shape = (len(rows), int(length.max()))
+
+    def wide(values: np.ndarray, filling: int) -> Tensor:
+        found = np.full(shape, filling, dtype=np.int64)
+        found[row_at, column_at] = values
+        return torch.from_numpy(found).to(device)
+
+    ids_RT = wide(np.concatenate([example.ids for example in examples]), pad_id)
     counts = length - num_prompt
-    row = np.repeat(np.arange(len(examples)), counts)
-    starts = np.repeat(num_prompt - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-    position = np.arange(counts.sum()) + starts
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
+    row_k = torch.from_numpy(np.repeat(row, counts)).to(device)
+    column_k = torch.from_numpy(np.repeat(start + num_prompt, counts) + counts_up(counts)).to(device)
     return Batch(
-        ids_RT=tensor(ids),
-        length_R=tensor(length),
-        row_K=tensor(row),
-        position_K=tensor(position - 1),
-        target_K=tensor(ids[row, position]),
+        ids_RT=ids_RT,
+        length_R=torch.from_numpy(np.bincount(row, weights=length).astype(np.int64)).to(device),
+        row_K=row_k,
+        position_K=column_k - 1,
+        target_K=ids_RT[row_k, column_k],
         examples=tuple(examples),
+        text_RT=wide(np.repeat(np.arange(len(examples)), length), -1) if is_packed else None,
+        place_RT=wide(within, 0) if is_packed else None,
     )
+
+
+def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]]:
+    """Positions in rows of at most `width` tokens: the longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for text in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = int(lengths[text])
+        row = next((number for number, left in enumerate(room) if length <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(text)
+        room[row] -= length
+    return rows
+
+
+def counts_up(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, .. for each of the lengths, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 def length_batches(lengths: Sequence[int], num_tokens: int, max_padding: int | None = None) -> list[list[int]]:

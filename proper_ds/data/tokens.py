@@ -225,6 +225,10 @@ class TokenData:
         """[start, stop) of a user's examples."""
         return int(self._first[user]), int(self._first[user + 1])
 
+    def users_of(self, indices: np.ndarray) -> np.ndarray:
+        """The user of each example; reads no example."""
+        return np.searchsorted(self._first, indices, side="right") - 1
+
     def history_digests(self, first: int, stop: int) -> list[str]:
         """A hex digest of the tokenised history of each of the users `first` up to `stop`; "" where there is none.
 

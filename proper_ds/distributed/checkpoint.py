@@ -11,7 +11,6 @@ rows, so that nothing depends on the number of ranks, the expert-parallel size o
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -105,10 +104,14 @@ class Checkpoints:
     Args:
         fingerprint: of the stage's inputs; a checkpoint of other inputs is not used.
         save_total_limit: how many to keep, the newest.
+
+    Attributes:
+        warnings: what `latest` found damaged; on the first rank.
     """
 
     def __init__(self, folder: Path, fingerprint: str, save_total_limit: int) -> None:
         self.folder, self._fingerprint, self._limit = folder, fingerprint, save_total_limit
+        self.warnings: list[str] = []
 
     def save(
         self, num_steps: int, whole: dict[str, Tensor], shards: Sequence[Shard], about: dict[str, Any], ranks: Ranks
@@ -150,10 +153,10 @@ class Checkpoints:
         """The newest checkpoint of these inputs, or None where there is none; a collective.
 
         Half-written ones are removed. Every file's checksum is compared, by one of the ranks; a checkpoint with a
-        damaged file is put aside with a warning, and the one before it taken.
+        damaged file is put aside, and the one before it taken; `warnings` tells.
 
         Raises:
-            FleetError: where every checkpoint is damaged.
+            FleetError: where every checkpoint is damaged; on the first rank, whose end is that of all.
             UserError: where this rank does not see the first rank's files.
         """
         if ranks.is_first:
@@ -161,7 +164,6 @@ class Checkpoints:
             for path in self.folder.glob(_NAMES):
                 if path.name not in complete:
                     _remove(path)
-        damaged: list[str] = []
         while True:
             newest = self._complete()[-1:] if ranks.is_first else []  # the first rank says which
             num_steps, token = ranks.gather(_numbers(newest[0]) if newest else [-1, -1])[0]
@@ -169,17 +171,14 @@ class Checkpoints:
                 break
             checkpoint = self._open(self.folder / f"step-{num_steps:08d}-{token:08x}")
             mine = range(ranks.rank, len(checkpoint.files), ranks.num_ranks)
-            wrong = [problem for number in mine if (problem := checkpoint.damage(number))]
-            damaged += wrong
-            if not sum(ranks.sum([float(len(wrong))])):
+            if not ranks.sum([float(any(checkpoint.damage(number) for number in mine))])[0]:
                 return checkpoint
-            for problem in wrong:
-                logging.getLogger("proper_ds").warning("checkpoint damaged: %s; the one before it is taken", problem)
             if ranks.is_first:
+                self.warnings += filter(None, (checkpoint.damage(number) for number in range(len(checkpoint.files))))
                 checkpoint.folder.rename(checkpoint.folder.with_name(f"damaged-{checkpoint.folder.name}"))
-        if ranks.sum([float(len(damaged))])[0]:
-            what = "; ".join(damaged) or "other ranks' logs name the files"
-            raise FleetError(f"no checkpoint is whole ({what}). Delete {self.folder} to start the stage over")
+        if ranks.is_first and self.warnings:
+            what = "; ".join(self.warnings)
+            raise FleetError(f"no checkpoint is whole: {what}. Delete {self.folder} to start the stage over")
         return None
 
     def _open(self, folder: Path) -> Checkpoint:
@@ -190,13 +189,21 @@ class Checkpoints:
                 f"{folder} is not seen by all ranks; output_dir must be on storage that all nodes share"
             ) from None
 
+    def newest_step(self) -> int:
+        """Optimizer steps in the newest checkpoint of these inputs, 0 without; for whoever is no rank."""
+        return _numbers(newest[0])[0] if (newest := self._complete()[-1:]) else 0
+
     def _complete(self) -> list[Path]:
         """Folders of complete checkpoints of these inputs, oldest first."""
-        found = []
-        for path in sorted(self.folder.glob(f"{_NAMES}/{MARKER}")):
-            if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == self._fingerprint:
-                found.append(path.parent)
-        return found
+        return [path for path in sorted(self.folder.glob(_NAMES)) if _fingerprint(path) == self._fingerprint]
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Of what a checkpoint's inputs were; None where it is not complete, or just being removed."""
+    try:
+        return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["fingerprint"])
+    except FileNotFoundError:
+        return None
 
 
 def _file_of(rank: int) -> str:

@@ -50,10 +50,14 @@ def _uniform(*shape: int, fan_in: int, generator: torch.Generator) -> nn.Paramet
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound, generator=generator))
 
 
+def at_least_float(values: Tensor) -> Tensor:
+    """The values in fp32, or in fp64 where they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _softmax(logits: Tensor) -> Tensor:
     """Softmax over the experts in at least fp32, cast back."""
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    return exact.softmax(-1).to(logits.dtype)
+    return at_least_float(logits).softmax(-1).to(logits.dtype)
 
 
 class Router(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import tokenize
+from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.erasure.forget import check_nothing_pending
 from proper_ds.errors import UserError
 from proper_ds.files import write_json_atomic
@@ -37,6 +38,7 @@ from proper_ds.store.files import open_files
 from proper_ds.training.context import RunContext, base_dtype
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
+from proper_ds.training.rank_stage import CHECKPOINT
 from proper_ds.training.selection import num_tokens, users_with_queries
 from proper_ds.training.set_plan import ensure_plan, users_to_train
 
@@ -219,8 +221,22 @@ class Run:
 
     def _ranks(self, stages: list[Stage]) -> None:
         options = {"stages": [[s.name, s.fingerprint, s.settings, s.made_from] for s in stages]}
+        entry = "proper_ds.training.rank_jobs:run_stages"
+
+        def progress() -> str:
+            return self._rank_progress(stages)
+
         with follow_metrics(self.folder.metrics, self.view):
-            run_gang("proper_ds.training.rank_jobs:run_stages", self.config, options, stages[0].step, self.cluster())
+            run_gang(entry, self.config, options, stages[0].step, self.cluster(), progress)
+
+    def _rank_progress(self, stages: list[Stage]) -> str:
+        """What ranks would go on from: the first stage that is not done, and its newest checkpoint."""
+        for number, stage in enumerate(stages):
+            if not self._is_done(stage):
+                found = Checkpoints(self.folder.stage(stage.name).path / CHECKPOINT, stage.fingerprint, 1)
+                step = found.newest_step()
+                return f"step {step} of {stage.name}" if step else (stage.name if number else "")
+        return "the end"
 
     def _features(self, stages: list[Stage]) -> None:
         folder = self.folder.stage("features").path

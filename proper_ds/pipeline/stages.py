@@ -185,11 +185,12 @@ class StageList:
 
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
-        found = _dump(getattr(config, section)) | {"num_ranks": config.distributed.num_ranks}
-        # what counts is the size of a global batch; how it is dealt to ranks is rounding
-        dealt = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_ranks")
+        found = _dump(getattr(config, section))
+        # where a global batch is given, how it is dealt to ranks is rounding
+        dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
         idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
-        for without_effect in ("logging_steps", "save_steps", "save_total_limit", "max_damaged_share", *idle):
+        run_only = ("logging_steps", "save_steps", "save_total_limit", "packing", "max_damaged_share")
+        for without_effect in (*run_only, *idle):
             found.pop(without_effect, None)
         return found | {
             "seed": config.seed,

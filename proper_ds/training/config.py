@@ -68,6 +68,9 @@ class RankTraining(OptimSettings):
 class PopulationConfig(RankTraining):
     """Stage 1: one LoRA over everybody's data (PROPER, section 3.2; released code: attention, r 8, alpha 16)."""
 
+    packing: bool = False
+    """Fill the room that a micro-batch's longest example leaves with shorter ones, which do not see each other: the
+    same result but for rounding. For bases that take 4-D masks, and whose window is not shorter than an example."""
     lora: LoraSettings = LoraSettings(r=8, lora_alpha=16, target_modules=ATTENTION)
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -77,6 +80,8 @@ class GroupConfig(RankTraining):
     """Stage 2: a mixture of LoRA experts with a user-aware router (PROPER, section 3.3)."""
 
     lora: LoraSettings = LoraSettings()
+    packing: bool = False
+    """As `population.packing`."""
     num_experts: int = Field(default=5, ge=2)
     top_k: int | None = Field(default=None, ge=1)
     """`proper` only: experts of a token; None: all of them, as PROPER has it. For hundreds of groups and more."""

@@ -21,7 +21,7 @@ from proper_ds.distributed.user_table import ShardedTable
 from proper_ds.errors import UserError
 from proper_ds.files import atomic_path, seed_of
 from proper_ds.model.adapted import PersonalModel
-from proper_ds.model.base import find_targets
+from proper_ds.model.base import check_masks, find_targets
 from proper_ds.model.expert_files import EXPERTS, MAX_WRITTEN, write_experts
 from proper_ds.model.groups import GroupLevel, GroupSizes, save_level
 from proper_ds.model.lora import LoraLayout
@@ -56,6 +56,8 @@ class GroupStage(RankStage):
         self.name, self._ranks = f"group/{preset}", ranks
         self._seed = seed_of(context.config.seed, self.name)
         lm = context.load_lm(with_population=True)
+        if self.settings.packing:
+            check_masks(lm, "group.packing")
         settings = self.settings
         targets = find_targets(lm, settings.lora.target_modules, settings.lora.layers)
         layout = LoraLayout.of(targets, settings.lora)
@@ -114,7 +116,7 @@ class GroupStage(RankStage):
         """See RankStage."""
         num_blocks = self._level.sizes.num_blocks
         assert num_blocks is not None
-        users = [example.user for example in self.context.tokens.examples(indices)]
+        users = self.context.tokens.users_of(indices).tolist()
         found: np.ndarray = self._inputs.blocks(users).numpy() * self._groups.size // num_blocks
         return found
 
@@ -154,10 +156,11 @@ class GroupStage(RankStage):
 
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """See RankStage."""
-        made = rank_batch(self.context.tokens, indices, step, self.context.device)
+        packing = self.settings.packing
+        made = rank_batch(self.context.tokens, indices, step, self.context.device, packing=packing)
         self._inputs.fill(made, number)
         if self.settings.lora.lora_dropout:
-            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+            made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
 
     def log_more(self, ranks: Ranks) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.experts import NoExchange
 from proper_ds.model.gate_stats import GateStats
 from proper_ds.model.groups import GroupLevel
-from proper_ds.model.routing import constraint, entropy, imbalance, mean_by_text, mean_gates
+from proper_ds.model.routing import at_least_float, constraint, entropy, imbalance, mean_by_text, mean_gates
 from proper_ds.training.rank_batch import RankBatch, numbers_of
 
 Tensor = torch.Tensor
@@ -69,9 +69,11 @@ class GroupModule(nn.Module):
             rows.user_RU = self._table(inputs.line_R)
         rows.gates = {}
         self.model.set_rows(rows)
-        losses_K = self.model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
+        losses_K = self.model.target_losses(
+            batch.ids_RT, batch.row_K, batch.position_K, batch.target_K, batch.place_RT, batch.text_RT
+        )
         ce = losses_K.sum() * inputs.weight
-        gates = [gates_RTN.float() for gates_RTN in rows.gates.values()]
+        gates = [at_least_float(gates_RTN) for gates_RTN in rows.gates.values()]
         weight_X = torch.full((len(batch.examples),), inputs.weight, device=ce.device)
         mean_MXN = torch.stack([self._by_text(gates_RTN, inputs) for gates_RTN in gates])
         share_MN = (mean_MXN * weight_X[:, None]).sum(1)

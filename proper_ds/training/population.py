@@ -13,7 +13,7 @@ from proper_ds.data.indices import Indices
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.adapter_file import peft_config, save_peft
-from proper_ds.model.base import find_targets
+from proper_ds.model.base import check_masks, find_targets
 from proper_ds.model.lora import LoraLayout, SharedLora
 from proper_ds.training.config import PopulationConfig
 from proper_ds.training.context import RunContext
@@ -41,7 +41,9 @@ class PopulationModule(nn.Module):
         """(loss, numbers to log)."""
         self.model.set_rows(inputs.rows)
         batch = inputs.batch
-        losses_K = self.model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
+        losses_K = self.model.target_losses(
+            batch.ids_RT, batch.row_K, batch.position_K, batch.target_K, batch.place_RT, batch.text_RT
+        )
         ce = losses_K.sum() * inputs.weight
         return ce / inputs.num_targets, numbers_of(ce=ce, tokens=batch.length_R.sum() * inputs.weight)
 
@@ -54,6 +56,8 @@ class PopulationStage(RankStage):
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)
         lm = context.load_lm(with_population=False)
+        if self.settings.packing:
+            check_masks(lm, "population.packing")
         lora = self.settings.lora
         targets = find_targets(lm, lora.target_modules, lora.layers)
         self._layout = LoraLayout.of(targets, lora)
@@ -72,9 +76,10 @@ class PopulationStage(RankStage):
 
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """See RankStage."""
-        made = rank_batch(self.context.tokens, indices, step, self.context.device)
+        packing = self.settings.packing
+        made = rank_batch(self.context.tokens, indices, step, self.context.device, packing=packing)
         if self.settings.lora.lora_dropout:
-            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+            made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
 
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:

@@ -110,6 +110,10 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint, settings.save_total_limit)
     metrics = MetricsFile(stage.context.folder.metrics)
     checkpoint = checkpoints.latest(ranks)
+    for damage in checkpoints.warnings:
+        warning = f"{damage}; the checkpoint before it is taken"
+        get_logger().warning("%s: %s", stage.name, warning)
+        metrics.log(stage.name, warning=warning)
     train_batch_size = settings.global_batch_size(stage.context.config.distributed.num_ranks)
     if checkpoint is not None:
         train_batch_size = checkpoint.about["train_batch_size"]
@@ -128,6 +132,8 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     if checkpoint is None or checkpoint.num_steps < plan.num_steps:
         saving.save(plan.num_steps, engine)
         checkpoint = checkpoints.latest(ranks)
+        if checkpoint is None or checkpoint.num_steps < plan.num_steps:
+            raise FleetError(f"{stage.name}: {'; '.join(checkpoints.warnings)}, just written; look at the storage")
     assert checkpoint is not None
     stage.before_finish(checkpoint)
     ranks.barrier()

@@ -148,7 +148,7 @@ class RouterStage(RankStage):
         self._fill(made, number)
         config = self.context.config
         if config.user.lora.lora_dropout or config.group.lora.lora_dropout:
-            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+            made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
 
     def _fill(self, made: RankBatch, number: int) -> None:

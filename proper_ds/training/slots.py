@@ -258,4 +258,4 @@ def _keys(packed: Packed, keys: list[list[int]]) -> Tensor:
     width = max(len(own) for own in keys)
     key_RI = torch.tensor([own + [0] * (width - len(own)) for own in keys], dtype=torch.int64)
     key_RT = key_RI.gather(1, (part_RT - FIRST_ITEM + 1).clamp_min(0))
-    return token_keys(key_RT.flatten(), position_RT.flatten().unsqueeze(-1)).view_as(part_RT)
+    return token_keys(key_RT, position_RT)

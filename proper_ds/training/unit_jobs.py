@@ -139,7 +139,7 @@ class UsersJob:
         lm = self._context.load_lm(with_population=True)
         lora = config.user.lora
         if config.user.share_prefix:
-            check_masks(lm)
+            check_masks(lm, "user.share_prefix")
         names = sorted({*lora.target_modules, *config.group.lora.target_modules})
         self._layout = LoraLayout.of(find_targets(lm, lora.target_modules, lora.layers), lora)
         self._model = PersonalModel(lm, find_targets(lm, names))

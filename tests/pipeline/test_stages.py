@@ -89,6 +89,7 @@ def test_router_settings_leave_adapters_alone(prints):
         "fleet.max_retries=1",
         "distributed.max_restarts=1",
         "distributed.num_ranks=1",
+        "group.packing=true",
         "population.save_steps=7",
         "group.save_total_limit=1",
     ],

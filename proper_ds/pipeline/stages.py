@@ -189,7 +189,14 @@ class StageList:
         # where a global batch is given, how it is dealt to ranks is rounding
         dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
         idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
-        run_only = ("logging_steps", "save_steps", "save_total_limit", "packing", "max_damaged_share")
+        run_only = (
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "packing",
+            "gradient_checkpointing",
+            "max_damaged_share",
+        )
         for without_effect in (*run_only, *idle):
             found.pop(without_effect, None)
         return found | {

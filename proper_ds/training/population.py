@@ -10,6 +10,7 @@ from torch import nn
 
 from proper_ds.data.batches import Step
 from proper_ds.data.indices import Indices
+from proper_ds.distributed.sharded_base import gathering
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.adapter_file import peft_config, save_peft
@@ -55,9 +56,10 @@ class PopulationStage(RankStage):
 
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)
-        lm = context.load_lm(with_population=False)
+        lm = self.load_lm(with_population=False)
         if self.settings.packing:
-            check_masks(lm, "population.packing")
+            with gathering(lm):
+                check_masks(lm, "population.packing")
         lora = self.settings.lora
         targets = find_targets(lm, lora.target_modules, lora.layers)
         self._layout = LoraLayout.of(targets, lora)

@@ -63,6 +63,29 @@ class RankStage(ABC):
     def settings(self) -> RankTraining:
         """The stage's section."""
 
+    def load_lm(self, with_population: bool) -> Any:
+        """The frozen base: whole, or this rank's shards of it under ZeRO 3."""
+        num_ranks = torch.distributed.get_world_size()
+        ds_config = self.ds_config(num_ranks, self.settings.num_micro_batches(num_ranks))
+        return self.context.load_lm(with_population, ds_config if zero_stage(ds_config) == 3 else None)
+
+    def ds_config(self, num_ranks: int, accumulation: int) -> dict[str, Any]:
+        """The stage's DeepSpeed configuration for the ranks that are there.
+
+        Its batch sizes are of this gang: what the file says of them was checked against the configured ranks.
+
+        Raises:
+            ConfigError: for what contradicts the file on this device.
+        """
+        distributed, device = self.context.config.distributed, self.context.device
+        raw = read_ds_file(distributed.deepspeed) | dict.fromkeys(BATCH_KEYS, "auto")
+        settings = self.settings.model_copy(update={"gradient_accumulation_steps": accumulation})
+        bf16 = self.context.dtype == torch.bfloat16
+        resolved, problems = resolve_ds(raw, self.section, settings, num_ranks, bf16)
+        if problems:  # base.dtype `auto` is known only here
+            raise ConfigError(f"{distributed.deepspeed} on {device.type}", problems)
+        return resolved
+
     @abstractmethod
     def indices(self) -> Indices:
         """The examples to learn from."""
@@ -120,7 +143,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     plan = make_plan(stage, ranks.num_ranks, train_batch_size)
     if checkpoint is not None:
         load_trained(stage.module, checkpoint.tensors)
-    ds_config = _ds_config(stage, ranks, plan)
+    ds_config = stage.ds_config(ranks.num_ranks, plan.accumulation)
     engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks, stage.apart(ds_config))
     about = {"train_batch_size": train_batch_size, "num_ranks": ranks.num_ranks, "zero_stage": zero_stage(ds_config)}
     if ranks.is_first:
@@ -157,21 +180,6 @@ def make_plan(stage: RankStage, num_ranks: int, train_batch_size: int) -> StepPl
         owner_of=stage.owner_of if stage.num_owners > 1 else None,
         num_owners=stage.num_owners,
     )
-
-
-def _ds_config(stage: RankStage, ranks: Ranks, plan: StepPlan) -> dict[str, Any]:
-    """The DeepSpeed configuration for the ranks that are there.
-
-    Its batch sizes are of this gang: what the file says of them was checked against the configured ranks.
-    """
-    distributed = stage.context.config.distributed
-    raw = read_ds_file(distributed.deepspeed) | dict.fromkeys(BATCH_KEYS, "auto")
-    settings = stage.settings.model_copy(update={"gradient_accumulation_steps": plan.accumulation})
-    bf16 = stage.context.dtype == torch.bfloat16
-    ds_config, problems = resolve_ds(raw, stage.section, settings, ranks.num_ranks, bf16)
-    if problems:  # base.dtype `auto` is known only here
-        raise ConfigError(f"{distributed.deepspeed} on {ranks.device.type}", problems)
-    return ds_config
 
 
 def _say_where_it_begins(

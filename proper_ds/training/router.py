@@ -59,7 +59,7 @@ class RouterStage(RankStage):
         self._adapters = UserAdapters(context, preset)
         self._inputs = GroupInputs(context, self._level, self._seed)
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
-        lm = context.load_lm(with_population=True)
+        lm = self.load_lm(with_population=True)
         self._model = PersonalModel(lm, find_targets(lm, names))
         # one for each row that a micro-batch can have
         num_slots = settings.per_device_train_batch_size

@@ -74,7 +74,7 @@ class RunContext:
         return self.prepared.keys()
 
     @cached_property
-    def key_column(self) -> pa.ChunkedArray:
+    def key_column(self) -> pa.LargeStringArray:
         """User keys by index, for stages that ask for few of them."""
         return self.prepared.key_column()
 

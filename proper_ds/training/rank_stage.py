@@ -19,8 +19,10 @@ from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import Ranks
+from proper_ds.distributed.sharded_base import holding
 from proper_ds.errors import ConfigError, FleetError
 from proper_ds.files import seed_of
+from proper_ds.model.checkpointing import checkpoint_layers
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.training.config import RankTraining
@@ -58,14 +60,17 @@ class RankStage(ABC):
     def load_lm(self, with_population: bool) -> Any:
         """The frozen base: whole, or this rank's shards of it under ZeRO 3."""
         ds_config = self.ds_config(torch.distributed.get_world_size())
-        return self.context.load_lm(with_population, ds_config if zero_stage(ds_config) == 3 else None)
+        lm = self.context.load_lm(with_population, ds_config if zero_stage(ds_config) == 3 else None)
+        if self.settings.gradient_checkpointing:
+            checkpoint_layers(lm, holding)
+        return lm
 
     def ds_config(self, num_ranks: int) -> dict[str, Any]:
         """The stage's DeepSpeed configuration. Raises ConfigError for what contradicts it on this device."""
         config, device = self.context.config, self.context.device
         bf16 = self.context.dtype == torch.bfloat16
         raw = read_ds_file(config.distributed.deepspeed)
-        resolved, problems = resolve_ds(raw, self.section, self.settings, num_ranks, bf16)
+        resolved, problems = resolve_ds(raw, self.section, self.settings, num_ranks, bf16, self.context.hidden_size)
         if problems:  # base.dtype `auto` is known only here
             raise ConfigError(f"{config.distributed.deepspeed} on {device.type}", problems)
         return resolved
@@ -77,6 +82,9 @@ class RankStage(ABC):
     @abstractmethod
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """One micro-batch of optimizer step `number`."""
+
+    def check_result(self, batch: RankBatch, ranks: Ranks) -> None:  # noqa: B027 - most stages have nothing to do here
+        """Raise AdapterError for a result that cannot be used; called on every rank after training, a collective."""
 
     @abstractmethod
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
@@ -100,6 +108,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
         stage.before_start(metrics)
     engine = RankEngine(stage.module.to(ranks.device), stage.ds_config(ranks.num_ranks), ranks)
     _train(stage, engine, plan, checkpoints, checkpoint, metrics)
+    stage.check_result(_any_batch(stage, plan, ranks), ranks)
     weights = engine.weights()
     if ranks.is_first:
         stage.finish(weights, folder)

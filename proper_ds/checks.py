@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from proper_ds.data.config import DataConfig
-from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
+from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.training.config import OptimSettings, RankTraining, UserConfig
+from proper_ds.training.schedule import wrong_kwargs
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -118,12 +119,20 @@ def _packing(config: RunConfig) -> list[Problem]:
 
 def _schedules(config: RunConfig) -> list[Problem]:
     stages: list[tuple[str, OptimSettings]] = [*_rank_stages(config), ("user", config.user)]
-    mend = "Remove it, or use `constant_with_warmup`."
-    return [
-        Problem(f"{name}.warmup_ratio", "has no effect with lr_scheduler_type `constant`", mend)
-        for name, stage in stages
-        if stage.lr_scheduler_type == "constant" and "warmup_ratio" in stage.model_fields_set and stage.warmup_ratio
-    ]
+    problems = []
+    for name, stage in stages:
+        problems += [Problem(f"{name}.lr_scheduler_kwargs", wrong, mend) for wrong, mend in wrong_kwargs(stage)]
+        without = stage.lr_scheduler_type == "constant"
+        for key in ("warmup_ratio", "warmup_steps"):
+            if without and key in stage.model_fields_set and getattr(stage, key):
+                wrong, mend = (
+                    "has no effect with lr_scheduler_type `constant`",
+                    "Remove it, or use `constant_with_warmup`.",
+                )
+                problems.append(Problem(f"{name}.{key}", wrong, mend))
+        if stage.warmup_steps is not None and "warmup_ratio" in stage.model_fields_set and stage.warmup_ratio:
+            problems.append(Problem(f"{name}.warmup_ratio", "given together with warmup_steps", "Keep one of the two."))
+    return problems
 
 
 def _users(config: RunConfig) -> list[Problem]:
@@ -226,8 +235,6 @@ def _deepspeed(config: RunConfig) -> list[Problem]:
         raw = read_ds_file(config.distributed.deepspeed)
     except (OSError, ValueError) as error:
         return [Problem(key, str(error), "Give the path of a DeepSpeed JSON, such as ds_configs/zero2.json.")]
-    if zero_stage(raw) not in (0, 1, 2, 3):
-        return [Problem(key, f"ZeRO stage {zero_stage(raw)} does not exist", "Use 0, 1, 2 or 3, and check again.")]
     bf16 = config.base.dtype == "bfloat16" or (config.base.dtype == "auto" and _bf16_given(raw))
     found: dict[str, Problem] = {}
     for name, stage in _rank_stages(config):

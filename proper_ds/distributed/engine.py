@@ -26,7 +26,8 @@ Tensor = torch.Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _import_deepspeed(on_gpu: bool) -> Any:
+def import_deepspeed(on_gpu: bool) -> Any:
+    """The module `deepspeed`, quiet, for GPUs or for CPUs."""
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -49,7 +50,7 @@ class RankEngine:
     """
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any], ranks: Ranks, apart: Sequence[Apart] = ()) -> None:
-        deepspeed = _import_deepspeed(ranks.device.type == "cuda")
+        deepspeed = import_deepspeed(ranks.device.type == "cuda")
         self._utils = deepspeed.utils
         self.ranks = ranks
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -58,10 +59,13 @@ class RankEngine:
         self._apart, self._max_norm = apart, float(ds_config["gradient_clipping"])
         if apart and not self._zero_stage:
             ds_config = ds_config | {"gradient_clipping": 0.0}  # without ZeRO the engine clips here, by the common norm
+        if ds_config["bf16"]["enabled"] and any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            for parameter in self._trained.values():  # DeepSpeed does so where it partitions the whole module itself
+                parameter.data = parameter.data.bfloat16()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             model_parameters=list(self._trained.values()),
-            config=ds_config | {"steps_per_print": 1 << 62},
+            config={"steps_per_print": 1 << 62} | ds_config,
         )
         self._hook = NormHook(self._optimizer) if apart and self._zero_stage else None
 

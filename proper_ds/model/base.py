@@ -5,9 +5,9 @@ Knows transformers; every stage starts here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from proper_ds.errors import AdapterError
 from proper_ds.files import digest_of
 from proper_ds.model.lora import layer_of
 
+T = TypeVar("T")
 Tensor = torch.Tensor
 _SAMPLE_BYTES = 4 << 20
 
@@ -24,10 +25,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     """A Hugging Face tokenizer. Raises AdapterError where the name or folder has none."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
-        raise AdapterError(_unreachable(model, "tokenizer", error)) from None
+    return open_base(model, "tokenizer", lambda: AutoTokenizer.from_pretrained(model, revision=revision))
 
 
 def load_base(model: str, revision: str | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
@@ -41,14 +39,28 @@ def load_base(model: str, revision: str | None, dtype: torch.dtype, device: torc
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise AdapterError(_unreachable(model, "model", error)) from None
+    given: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    lm = open_base(model, "model", lambda: AutoModelForCausalLM.from_pretrained(model, **given))
     lm.requires_grad_(False)
     lm.eval()
     check_head(lm)
     return lm.to(device)
+
+
+def hidden_size(model: str, revision: str | None = None) -> int:
+    """The width of a base's states, from its configuration."""
+    from transformers import AutoConfig
+
+    config = open_base(model, "model", lambda: AutoConfig.from_pretrained(model, revision=revision))
+    return int(config.get_text_config().hidden_size)
+
+
+def open_base(model: str, what: str, opened: Callable[[], T]) -> T:
+    """`opened()`, its errors of a base that cannot be reached told as AdapterError."""
+    try:
+        return opened()
+    except (OSError, ValueError) as error:
+        raise AdapterError(_unreachable(model, what, error)) from None
 
 
 def _unreachable(model: str, what: str, error: Exception) -> str:
@@ -69,7 +81,7 @@ def backbone(lm: Any) -> nn.Module:
 
 def check_head(lm: Any) -> None:
     """Raise AdapterError unless logits = head(last hidden state), which target-only logits rely on."""
-    ids = torch.arange(4).unsqueeze(0) % lm.config.vocab_size
+    ids = torch.arange(4, device=lm.device).unsqueeze(0) % lm.config.vocab_size
     with torch.no_grad():
         wanted = lm(input_ids=ids).logits
         found = lm.get_output_embeddings()(backbone(lm)(input_ids=ids).last_hidden_state)
@@ -176,3 +188,28 @@ def merge_lora(linear: nn.Linear, a_rD: Tensor, b_Er: Tensor, scaling: float) ->
     with torch.no_grad():
         delta = (b_Er.float() @ a_rD.float()) * scaling
         linear.weight.add_(delta.to(linear.weight.dtype).to(linear.weight.device))
+
+
+def merging(
+    read: Callable[[str, torch.Size, int, int], Tensor],
+    loras: Mapping[str, tuple[Tensor, Tensor]],
+    scaling: float,
+) -> Callable[[str, torch.Size, int, int], Tensor]:
+    """A reader of stretches of weights (see `BaseFiles.read`) that adds LoRAs as `merge_lora` does.
+
+    Args:
+        loras: (A [r, D], B [E, r]) by module.
+    """
+
+    def read_merged(name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        found = read(name, shape, start, stop)
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or module not in loras:
+            return found
+        a_rD, b_Er = loras[module]
+        width = shape[1]
+        first, last = start // width, -(-stop // width)
+        delta = (b_Er[first:last].float() @ a_rD.float()) * scaling
+        return found + delta.flatten()[start - first * width : stop - first * width].to(found.dtype)
+
+    return read_merged

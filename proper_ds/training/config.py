@@ -9,7 +9,17 @@ from pydantic import Field, field_validator
 from proper_ds.model.config import ATTENTION, LoraSettings
 from proper_ds.section import Section
 
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 Examples = Literal["history", "queries"]
 Users = Literal["train", "all"]
 
@@ -19,7 +29,11 @@ class OptimSettings(Section):
 
     learning_rate: float = Field(default=2e-4, gt=0)
     lr_scheduler_type: Schedule = "cosine"
+    lr_scheduler_kwargs: dict[str, float | str] = {}
+    """More for the schedule, as Hugging Face's `get_scheduler` takes it, such as `{min_lr_rate: 0.1}`."""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Exactly so many warm-up steps instead of `warmup_ratio`."""
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -37,6 +51,8 @@ class RankTraining(OptimSettings):
     train_batch_size: int | None = Field(default=None, ge=1)
     """Examples of one optimizer step over all ranks, whatever their number; ranks then accumulate as often as it takes.
     By default the product of the two above and `distributed.num_ranks`."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and run the layer again in the backward pass: less memory, a third more work."""
     max_steps: int | None = Field(default=None, ge=1)
     """Exactly so many optimizer steps instead of `num_train_epochs`, going round the data as often as needed."""
     logging_steps: int = Field(default=10, ge=1)
@@ -180,5 +196,9 @@ class JointConfig(RouterConfig):
     """Stages 3.1 and 3.2 together, from 3.1's adapters: a LoRA-aware router and the sampled users' adapters."""
 
     train_on: list[Examples] = ["history", "queries"]
+    users: Users = "all"
+    max_users: int | None = Field(default=1000, ge=1)
+    """A sample of so many users is trained on; ranks share their adapters and moments, 12 bytes a number, in host
+    memory. All others keep 3.1's adapter."""
     user_learning_rate: float = Field(default=2e-4, gt=0)
     """Of the users' adapters; it follows the same schedule. AdamW's other numbers, and `max_grad_norm`, are shared."""

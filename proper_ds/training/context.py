@@ -15,7 +15,17 @@ from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.tokens import TokenData
 from proper_ds.model.adapter_file import load_peft
-from proper_ds.model.base import find_targets, load_base, load_tokenizer, merge_lora
+from proper_ds.model.base import (
+    check_head,
+    find_targets,
+    hidden_size,
+    load_base,
+    load_tokenizer,
+    merge_lora,
+    merging,
+    open_base,
+)
+from proper_ds.model.base_files import BaseFiles, empty_base
 from proper_ds.model.config import BaseConfig
 from proper_ds.run_folder import RunFolder
 
@@ -73,7 +83,7 @@ class RunContext:
         return self.prepared.keys()
 
     @cached_property
-    def key_column(self) -> pa.ChunkedArray:
+    def key_column(self) -> pa.LargeStringArray:
         """User keys by index, for stages that ask for few of them."""
         return self.prepared.key_column()
 
@@ -87,19 +97,49 @@ class RunContext:
         """The base's tokenizer."""
         return load_tokenizer(self.base_name, self.config.base.revision)
 
-    def load_lm(self, with_population: bool) -> Any:
-        """The frozen base on this device, with the population LoRA merged in where asked for."""
+    @cached_property
+    def hidden_size(self) -> int:
+        """Width of the base's states."""
+        return hidden_size(self.base_name, self.config.base.revision)
+
+    def load_lm(self, with_population: bool, zero3: dict[str, Any] | None = None) -> Any:
+        """The frozen base on this device, with the population LoRA merged in where asked for.
+
+        Args:
+            zero3: a resolved DeepSpeed configuration of ZeRO stage 3: each rank then reads its own shards only.
+        """
+        if zero3 is not None:
+            return self._load_sharded(with_population, zero3)
         lm = load_base(self.base_name, self.config.base.revision, self.dtype, self.device)
         if with_population:
             self.population_switch(lm).set(True)
         return lm
 
+    def _load_sharded(self, with_population: bool, zero3: dict[str, Any]) -> Any:
+        from proper_ds.distributed.sharded_base import gathering, shard  # actors never need DeepSpeed
+
+        name, revision = self.base_name, self.config.base.revision
+        lm = open_base(name, "model", lambda: empty_base(name, revision, self.dtype))
+        with open_base(name, "model", lambda: BaseFiles(name, revision, self.dtype)) as files:
+            files.check(lm)
+            files.fill_buffers(lm)
+            read = merging(files.read, *self._population()) if with_population else files.read
+            shard(lm, read, zero3, self.device)
+        lm.to(self.device)
+        with gathering(lm):
+            check_head(lm)
+        return lm
+
+    def _population(self) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+        """(A and B by module, scaling) of the run's population LoRA."""
+        row_P, layout = load_peft(self.folder.stage("population").path / "adapter")
+        return {name: (a[0], b[0]) for name, a, b in layout.views(row_P.unsqueeze(0))}, layout.scaling
+
     def population_switch(self, lm: Any) -> PopulationSwitch:
         """What merges the run's population LoRA into a base loaded without it; make it before wrapping modules."""
-        row_P, layout = load_peft(self.folder.stage("population").path / "adapter")
-        targets = find_targets(lm, sorted({m.name.rsplit(".", 1)[-1] for m in layout.modules}))
-        loras = {name: (a[0], b[0]) for name, a, b in layout.views(row_P.unsqueeze(0))}
-        return PopulationSwitch({name: targets[name] for name in loras}, loras, layout.scaling)
+        loras, scaling = self._population()
+        targets = find_targets(lm, sorted({name.rsplit(".", 1)[-1] for name in loras}))
+        return PopulationSwitch({name: targets[name] for name in loras}, loras, scaling)
 
 
 class PopulationSwitch:

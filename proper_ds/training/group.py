@@ -17,6 +17,7 @@ from proper_ds.distributed.expert_optim import ExpertAdamW
 from proper_ds.distributed.expert_parallel import ExpertGroups, TokenExchange, largest_size
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.distributed.recent_shares import RecentShares
+from proper_ds.distributed.sharded_base import gathering
 from proper_ds.distributed.user_table import ShardedTable
 from proper_ds.errors import UserError
 from proper_ds.files import atomic_path, seed_of
@@ -55,9 +56,10 @@ class GroupStage(RankStage):
         super().__init__(context)
         self.name, self._ranks = f"group/{preset}", ranks
         self._seed = seed_of(context.config.seed, self.name)
-        lm = context.load_lm(with_population=True)
+        lm = self.load_lm(with_population=True)
         if self.settings.packing:
-            check_masks(lm, "group.packing")
+            with gathering(lm):
+                check_masks(lm, "group.packing")
         settings = self.settings
         targets = find_targets(lm, settings.lora.target_modules, settings.lora.layers)
         layout = LoraLayout.of(targets, settings.lora)
@@ -96,6 +98,10 @@ class GroupStage(RankStage):
         )
         self._gates = GateLog(self.name, self.section, self._level)
         self.module.stats = self._gates.stats
+
+    def about(self) -> dict[str, Any]:
+        """See RankStage."""
+        return {"expert_parallel_size": self._groups.size}
 
     def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
         """See RankStage."""

@@ -53,7 +53,6 @@ def _twice(layer: nn.Module, around: Around) -> Callable[..., Any]:
             return forward(*args, **given)
         # Stopping early would leave ZeRO 3 without the hooks that release a module's weights.
         how: dict[str, Any] = {
-            "use_reentrant": False,
             "early_stop": False,
             "context_fn": lambda: (nullcontext(), around(layer)),
         }

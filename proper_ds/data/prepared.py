@@ -54,15 +54,15 @@ class PreparedData:
         found: list[str] = self.key_column().to_pylist()
         return found
 
-    def key_column(self) -> pa.ChunkedArray:
+    def key_column(self) -> pa.LargeStringArray:
         """All user keys, by index, as one column: no Python object a user."""
         tables = [pq.read_table(self.folder / shard.file, columns=["user"]) for shard in self.manifest.shards]
-        chunks = [chunk for table in tables for chunk in table.column("user").chunks]
-        found = pa.chunked_array(chunks, type=pa.string() if not chunks else chunks[0].type)
+        chunks = [chunk.cast(pa.large_string()) for table in tables for chunk in table.column("user").chunks]
+        found = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
         if not len(self._forgotten):
             return found
         keys = [tombstone(n) if self._forgotten.has(key) else key for n, key in enumerate(found.to_pylist())]
-        return pa.chunked_array([pa.array(keys, found.type)])
+        return pa.array(keys, pa.large_string())
 
 
 def _user_of(row: dict) -> User:

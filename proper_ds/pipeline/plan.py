@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from proper_ds.model.config import LoraSettings
 
 NUM_SAMPLED_USERS = 300
+ROW_BYTES = 12
+"""A number of an adapter and its two moments, in fp32."""
 STORED_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -218,6 +220,12 @@ def _adapter_lines(config: RunConfig, lm: Any, manifest: Manifest) -> list[str]:
             f"user         LoRA of {user.num_parameters:,} numbers, {_size(each)} each in {config.store.dtype};"
             f" {upto}{count:,} users x {len(needs.adapter_sets)} sets = {_size(each * count * len(needs.adapter_sets))}"
         )
+        if needs.joints:
+            sampled = min(count, config.joint.max_users or count)
+            held = _size(sampled * user.num_parameters * ROW_BYTES)
+            lines.append(
+                f"joint        up to {sampled:,} of these users trained on, {held} of host memory over all ranks"
+            )
     return lines
 
 

@@ -143,7 +143,7 @@ class AdapterStore:
         row = self._index.current_row(user)
         return row is not None and bool(self._index.is_status(STORED)[row])
 
-    def has_many(self, users: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    def has_many(self, users: pa.LargeStringArray) -> np.ndarray:
         """Mask over the keys: those whose adapter is stored; for a million of them at once."""
         return self._index.has_many(users)
 

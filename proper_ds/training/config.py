@@ -183,5 +183,9 @@ class JointConfig(RouterConfig):
     """Stages 3.1 and 3.2 together, from 3.1's adapters: a LoRA-aware router and the sampled users' adapters."""
 
     train_on: list[Examples] = ["history", "queries"]
+    users: Users = "all"
+    max_users: int | None = Field(default=1000, ge=1)
+    """A sample of so many users is trained on; ranks share their adapters and moments, 12 bytes a number, in host
+    memory. All others keep 3.1's adapter."""
     user_learning_rate: float = Field(default=2e-4, gt=0)
     """Of the users' adapters; it follows the same schedule. AdamW's other numbers, and `max_grad_norm`, are shared."""

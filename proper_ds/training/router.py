@@ -14,9 +14,10 @@ import torch
 
 from proper_ds.data.batches import Step, collate
 from proper_ds.data.indices import Indices
+from proper_ds.distributed.checkpoint import MARKER
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import Ranks
-from proper_ds.files import seed_of
+from proper_ds.files import atomic_path, seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.groups import GroupLevel
@@ -30,7 +31,7 @@ from proper_ds.training.gate_log import GateLog
 from proper_ds.training.group_inputs import GroupInputs
 from proper_ds.training.group_module import GroupModule
 from proper_ds.training.rank_batch import RankBatch, dropout_keys, rank_batch
-from proper_ds.training.rank_stage import RankStage
+from proper_ds.training.rank_stage import CHECKPOINT, RankStage
 from proper_ds.training.selection import router_users, training_examples
 from proper_ds.training.user_adapters import UserAdapters
 
@@ -67,12 +68,27 @@ class RouterStage(RankStage):
         self.module = GroupModule(self._model, self._level, config.group.lora.lora_dropout, 0.0, 0.0)
         self._gates = GateLog(self.name, self.section, self._level)
         self.module.stats = self._gates.stats
-        mask = router_users(tokens, settings.users, settings.max_users, config.data.train_split, config.seed)
-        mask = self._adapters.stored(mask)
-        self._users = self._adapters.without_damaged(mask, settings.max_damaged_share, ranks, self.name)
+        self._users = self._chosen_users()
         self._examples = training_examples(
             tokens, settings.train_on, self._users, config.data.train_split, self.section
         )
+
+    def _chosen_users(self) -> np.ndarray:
+        """Mask over the users to learn from. Decided anew until there is a checkpoint, which is of these users."""
+        folder = self.context.folder.stage(self.name).path
+        path = folder / "users.npy"
+        if any((folder / CHECKPOINT).glob(f"*/{MARKER}")):
+            found: np.ndarray = np.load(path, allow_pickle=False)
+            return found
+        settings, config = self.settings, self.context.config
+        split = config.data.train_split
+        mask = router_users(self.context.tokens, settings.users, settings.max_users, split, config.seed)
+        mask = self._adapters.stored(mask)
+        mask = self._adapters.without_damaged(mask, settings.max_damaged_share, self._ranks, self.name)
+        if self._ranks.is_first:
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, mask, allow_pickle=False)
+        return mask
 
     @staticmethod
     def _name_of(preset: str) -> str:
@@ -96,7 +112,8 @@ class RouterStage(RankStage):
 
     def _probe(self, engine: RankEngine) -> float:
         """Mean loss of a few examples, which all ranks share; through the engine, which may hold the base in shards."""
-        order = np.random.default_rng(self._seed).permutation(len(self._examples))[:NUM_PROBED]
+        num_probed = min(NUM_PROBED, len(self._examples))
+        order = np.random.default_rng(self._seed).choice(len(self._examples), num_probed, replace=False)
         size = self.settings.per_device_train_batch_size
         rounds = -(-len(order) // (size * self._ranks.num_ranks))
         parts = np.array_split(self._examples.at(np.sort(order)), rounds * self._ranks.num_ranks)

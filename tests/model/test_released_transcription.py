@@ -247,9 +247,9 @@ def test_the_loss_of_a_mixed_batch_equals_each_user_alone_in_the_transcription(p
         each = setting.model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
     close = CLOSE[dtype]
     assert each.tolist() == pytest.approx(losses, abs=close, rel=close)
-    assert float(numbers["constraint"]) / len(users) == pytest.approx(constraint, abs=1e-6)
+    assert float(numbers["constraint"]) / len(users) == pytest.approx(constraint, abs=1e-6)  # logged in fp32
     weight = 1.0 if preset == "proper-released" else 0.05
-    assert float(loss) == pytest.approx(wanted + weight * constraint, abs=1e-6)  # gates are summed in fp32
+    assert float(loss) == pytest.approx(wanted + weight * constraint, abs=close)
     if preset == "proper-released" and stage != "3.2":
         assert 0.548 <= constraint <= 0.800
 
@@ -303,7 +303,7 @@ def test_the_gradient_of_propers_constraint_is_that_of_finite_differences(stage)
         flat[place] = kept
         slope = (above - below) / (2 * step)
         found = float((on[name] - off[name]).view(-1)[place])
-        assert found == pytest.approx(slope, abs=1e-6), name
+        assert found == pytest.approx(slope, abs=1e-8), name
         checked, largest = checked + 1, max(largest, abs(slope))
     assert checked >= 7
     assert largest > 1e-4, "a constraint without gradient would pass"

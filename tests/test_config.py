@@ -159,8 +159,9 @@ def test_every_shipped_deepspeed_file_resolves():
     files = sorted((REPO / "ds_configs").rglob("*.json"))
     assert len(files) >= 4
     for path in files:
-        resolved, found = resolve_ds(read_ds_file(str(path)), "group", GroupConfig(), 4, bf16=True)
+        resolved, found = resolve_ds(read_ds_file(str(path)), "group", GroupConfig(), 4, bf16=True, hidden_size=100)
         assert not found, (path, found)
+        assert resolved["zero_optimization"]["reduce_bucket_size"] == 10_000
         assert "auto" not in json.dumps(resolved)
         assert resolved["train_batch_size"] == 32
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from proper_ds.errors import DataError
 
-NUM_OPEN_FILES = 128
-"""Files kept mapped; a file costs its record batches' headers, not its rows."""
+NUM_OPEN_FILES = 64
+"""Files kept mapped; each costs the headers of its record batches, some hundred kilobytes, and none of its rows."""
 
 
 class _File:

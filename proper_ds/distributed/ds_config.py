@@ -10,14 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from proper_ds.distributed.ds_keys import KEY, STAGE_3, TOP, unknown_keys
 from proper_ds.errors import Problem
 from proper_ds.training.config import RankTraining
 
-REFUSED = {
-    "scheduler": "The schedule comes from `lr_scheduler_type`; remove it from the DeepSpeed file.",
-    "fp16": "Use `base.dtype: bfloat16` or `float32`; remove it from the DeepSpeed file.",
-    "curriculum_learning": "proper_ds orders the data itself; remove it from the DeepSpeed file.",
-}
+FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
 
 def read_ds_file(path: str) -> dict[str, Any]:
@@ -44,9 +41,14 @@ def _wanted(stage: RankTraining, num_ranks: int, bf16: bool) -> dict[str, Any]:
 
 
 def resolve_ds(
-    raw: dict[str, Any], stage_name: str, stage: RankTraining, num_ranks: int, bf16: bool
+    raw: dict[str, Any],
+    stage_name: str,
+    stage: RankTraining,
+    num_ranks: int,
+    bf16: bool,
+    hidden_size: int | None = None,
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The DeepSpeed configuration of one stage, and what contradicts the run's YAML.
+    """The DeepSpeed configuration of one stage, and what contradicts the run's YAML, itself, or DeepSpeed.
 
     Args:
         raw: the DeepSpeed file's contents; "auto" and absent values are taken from `stage`.
@@ -54,15 +56,17 @@ def resolve_ds(
         stage: batch size, learning rate and so on.
         num_ranks: data-parallel ranks.
         bf16: whether the engine trains in bfloat16.
+        hidden_size: of the base, from which sizes of buffers marked "auto" come; None leaves those as they are, before
+            there is a base to look at.
     """
-    resolved = copy.deepcopy(raw)
-    problems = [
-        Problem(f"distributed.deepspeed:{key}", "is not supported", mend) for key, mend in REFUSED.items() if key in raw
-    ]
+    problems = unknown_keys(raw)
+    resolved = {key: copy.deepcopy(raw[key]) for key in TOP if key in raw}
+    if any(problem.wrong.endswith("no section") for problem in problems):
+        return resolved, problems
     optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
     if optimizer.get("type") not in ("Adam", "AdamW"):
         wrong = f"{optimizer.get('type')!r} is not supported"
-        problems.append(Problem("distributed.deepspeed:optimizer.type", wrong, "Use AdamW, or leave it out."))
+        problems.append(Problem(f"{KEY}:optimizer.type", wrong, "Use AdamW, or leave it out."))
     for dotted, value in _wanted(stage, num_ranks, bf16).items():
         *sections, key = dotted.split(".")
         inner = resolved
@@ -72,18 +76,78 @@ def resolve_ds(
         if given != "auto" and given != value:
             problems.append(
                 Problem(
-                    f"distributed.deepspeed:{dotted}",
-                    f"is {given!r}, but section `{stage_name}` makes it {value!r}",
+                    f"{KEY}:{dotted}",
+                    f"is {given!r}, but {_origin(dotted, stage_name)} makes it {value!r}",
                     'Write "auto" there, or make the two agree.',
                 )
             )
         inner[key] = value
+    zero = resolved.get("zero_optimization", {})
+    problems += _zero_problems(zero, bf16)
+    if hidden_size is not None:
+        _fill_sizes(zero, hidden_size)
+    problems += _left_over(resolved, hidden_size is None)
     return resolved, problems
+
+
+def _origin(dotted: str, stage_name: str) -> str:
+    return "base.dtype" if dotted == "bf16.enabled" else f"section `{stage_name}`"
+
+
+def _zero_problems(zero: dict[str, Any], bf16: bool) -> list[Problem]:
+    """What contradicts the ZeRO stage."""
+    stage, prefix, problems = zero.get("stage", 0), f"{KEY}:zero_optimization", []
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        return [Problem(f"{prefix}.stage", f"is {stage!r}", "Use 0, 1, 2 or 3.")]
+    if stage == 0 and bf16:
+        wrong = "is 0, where DeepSpeed has no fp32 moments for what trains in bfloat16"
+        problems.append(Problem(f"{prefix}.stage", wrong, "Use 1, which needs no more memory, or base.dtype=float32."))
+    idle = (set(zero) & STAGE_3 if stage < 3 else set()) | (set(zero) - {"stage"} if stage == 0 else set())
+    for key in sorted(idle):
+        wrong, needs = f"has no effect at ZeRO stage {stage}", "3" if key in STAGE_3 else "1, 2 or 3"
+        problems.append(Problem(f"{prefix}.{key}", wrong, f"Remove it, or use stage {needs}."))
+    for key in ("offload_param", "offload_optimizer"):
+        section = zero.get(key)
+        if section is None or key in idle:
+            continue
+        device = section.get("device", "none") if isinstance(section, dict) else section
+        if device not in ("none", "cpu", "nvme"):
+            problems.append(Problem(f"{prefix}.{key}", f"has device {device!r}", "Legal are none, cpu and nvme."))
+        elif device == "nvme" and "nvme_path" not in section:
+            mend = "Give the folder of a local NVMe disk."
+            problems.append(Problem(f"{prefix}.{key}.nvme_path", "not set, and device is nvme", mend))
+        elif device == "nvme" and stage < 3:
+            problems.append(Problem(f"{prefix}.{key}", "has device nvme, which ZeRO 3 alone knows", "Use cpu."))
+    return problems
+
+
+def _fill_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    """What Hugging Face's Trainer writes for "auto"."""
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, value in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+
+
+def _left_over(section: dict[str, Any], before_base: bool, prefix: str = "") -> list[Problem]:
+    """A problem for each "auto" that nothing here knows a value for."""
+    problems = []
+    for key, value in section.items():
+        if isinstance(value, dict):
+            problems += _left_over(value, before_base, f"{prefix}{key}.")
+        elif value == "auto" and not (before_base and key in FROM_HIDDEN_SIZE):
+            problems.append(Problem(f"{KEY}:{prefix}{key}", 'is "auto", which nothing decides', "Give a value."))
+    return problems
 
 
 def zero_stage(raw: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration (0 where none is given)."""
-    return int(raw.get("zero_optimization", {}).get("stage", 0))
+    section = raw.get("zero_optimization", {})
+    return int(section.get("stage", 0)) if isinstance(section, dict) else 0
 
 
 def offloads_optimizer(raw: dict[str, Any]) -> bool:

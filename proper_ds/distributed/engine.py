@@ -65,7 +65,7 @@ class RankEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             model_parameters=list(self._trained.values()),
-            config=ds_config | {"steps_per_print": 1 << 62},
+            config={"steps_per_print": 1 << 62} | ds_config,
         )
         self._hook = NormHook(self._optimizer) if apart and self._zero_stage else None
 

@@ -20,6 +20,7 @@ from proper_ds.distributed.engine import import_deepspeed
 Tensor = torch.Tensor
 
 _M_MMAP_THRESHOLD = -3
+_SECOND_RUN = "second run"
 
 Read = Callable[[str, torch.Size, int, int], Tensor]
 """(name, shape, start, stop) -> numbers `start` to `stop` of the parameter laid out flat."""
@@ -89,6 +90,23 @@ def gathering(module: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def holding(layer: nn.Module) -> Iterator[None]:
+    """Inside, ZeRO 3 releases none of a layer's parameters: for its second run under gradient checkpointing.
+
+    That run happens in the layer's backward pass, for which DeepSpeed has already gathered parameters of the module
+    whose turn it is; the end of the module's second forward would release them.
+    """
+    own = [parameter for parameter in layer.parameters() if hasattr(parameter, "ds_active_sub_modules")]
+    for parameter in own:
+        parameter.ds_active_sub_modules.add(_SECOND_RUN)
+    try:
+        yield
+    finally:
+        for parameter in own:
+            parameter.ds_active_sub_modules.discard(_SECOND_RUN)
 
 
 class _Gather:

@@ -47,6 +47,14 @@ def load_base(model: str, revision: str | None, dtype: torch.dtype, device: torc
     return lm.to(device)
 
 
+def hidden_size(model: str, revision: str | None = None) -> int:
+    """The width of a base's states, from its configuration."""
+    from transformers import AutoConfig
+
+    config = open_base(model, "model", lambda: AutoConfig.from_pretrained(model, revision=revision))
+    return int(config.get_text_config().hidden_size)
+
+
 def open_base(model: str, what: str, opened: Callable[[], T]) -> T:
     """`opened()`, its errors of a base that cannot be reached told as AdapterError."""
     try:

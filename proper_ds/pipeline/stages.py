@@ -30,6 +30,15 @@ Where = Literal["driver", "ranks", "fleet"]
 STEPS = ("prepare", "base", "tokens", "population", "features", "group", "user", "router", "evaluate", "report")
 """What people call the stages; some stand for several folders."""
 
+RUN_ONLY = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "packing",
+    "gradient_checkpointing",
+    "max_damaged_share",
+)
+"""Settings of rank stages that say how they run, not what is learned."""
 _PROPER_ONLY = {
     "users",
     "top_k",
@@ -189,15 +198,7 @@ class StageList:
         # where a global batch is given, how it is dealt to ranks is rounding
         dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
         idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
-        run_only = (
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-            "packing",
-            "gradient_checkpointing",
-            "max_damaged_share",
-        )
-        for without_effect in (*run_only, *idle):
+        for without_effect in (*RUN_ONLY, *idle):
             found.pop(without_effect, None)
         return found | {
             "seed": config.seed,

@@ -15,7 +15,16 @@ from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.tokens import TokenData
 from proper_ds.model.adapter_file import load_peft
-from proper_ds.model.base import check_head, find_targets, load_base, load_tokenizer, merge_lora, merging, open_base
+from proper_ds.model.base import (
+    check_head,
+    find_targets,
+    hidden_size,
+    load_base,
+    load_tokenizer,
+    merge_lora,
+    merging,
+    open_base,
+)
 from proper_ds.model.base_files import BaseFiles, empty_base
 from proper_ds.model.config import BaseConfig
 from proper_ds.run_folder import RunFolder
@@ -87,6 +96,11 @@ class RunContext:
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
         return load_tokenizer(self.base_name, self.config.base.revision)
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """Width of the base's states."""
+        return hidden_size(self.base_name, self.config.base.revision)
 
     def load_lm(self, with_population: bool, zero3: dict[str, Any] | None = None) -> Any:
         """The frozen base on this device, with the population LoRA merged in where asked for.

@@ -99,6 +99,10 @@ class GroupStage(RankStage):
         self._gates = GateLog(self.name, self.section, self._level)
         self.module.stats = self._gates.stats
 
+    def about(self) -> dict[str, Any]:
+        """See RankStage."""
+        return {"expert_parallel_size": self._groups.size}
+
     def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
         """See RankStage."""
         seed = seed_of(self._seed, "user table")

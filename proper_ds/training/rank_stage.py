@@ -22,8 +22,10 @@ from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import Ranks
+from proper_ds.distributed.sharded_base import holding
 from proper_ds.errors import ConfigError, FleetError
 from proper_ds.files import seed_of
+from proper_ds.model.checkpointing import checkpoint_layers
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.training.config import RankTraining
@@ -67,7 +69,10 @@ class RankStage(ABC):
         """The frozen base: whole, or this rank's shards of it under ZeRO 3."""
         num_ranks = torch.distributed.get_world_size()
         ds_config = self.ds_config(num_ranks, self.settings.num_micro_batches(num_ranks))
-        return self.context.load_lm(with_population, ds_config if zero_stage(ds_config) == 3 else None)
+        lm = self.context.load_lm(with_population, ds_config if zero_stage(ds_config) == 3 else None)
+        if self.settings.gradient_checkpointing:
+            checkpoint_layers(lm, holding)
+        return lm
 
     def ds_config(self, num_ranks: int, accumulation: int) -> dict[str, Any]:
         """The stage's DeepSpeed configuration for the ranks that are there.
@@ -81,7 +86,7 @@ class RankStage(ABC):
         raw = read_ds_file(distributed.deepspeed) | dict.fromkeys(BATCH_KEYS, "auto")
         settings = self.settings.model_copy(update={"gradient_accumulation_steps": accumulation})
         bf16 = self.context.dtype == torch.bfloat16
-        resolved, problems = resolve_ds(raw, self.section, settings, num_ranks, bf16)
+        resolved, problems = resolve_ds(raw, self.section, settings, num_ranks, bf16, self.context.hidden_size)
         if problems:  # base.dtype `auto` is known only here
             raise ConfigError(f"{distributed.deepspeed} on {device.type}", problems)
         return resolved
@@ -93,6 +98,9 @@ class RankStage(ABC):
     @abstractmethod
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """One micro-batch of optimizer step `number`."""
+
+    def check_result(self, batch: RankBatch, ranks: Ranks) -> None:  # noqa: B027 - most stages have nothing to do here
+        """Raise AdapterError for a result that cannot be used; called on every rank after training, a collective."""
 
     @abstractmethod
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
@@ -109,6 +117,10 @@ class RankStage(ABC):
     def owner_of(self, indices: np.ndarray) -> np.ndarray:
         """Of each example, which of `num_owners` must see it."""
         raise AssertionError("stages with more than one owner say who it is")
+
+    def about(self) -> dict[str, Any]:
+        """How it is spread over the ranks, for checkpoints and metrics to tell."""
+        return {}
 
     def before_start(self, engine: RankEngine, metrics: MetricsFile) -> None:  # noqa: B027 - most have nothing to do
         """Called on all ranks before a fresh start, once the engine holds the module; a collective."""
@@ -146,6 +158,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
     ds_config = stage.ds_config(ranks.num_ranks, plan.accumulation)
     engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks, stage.apart(ds_config))
     about = {"train_batch_size": train_batch_size, "num_ranks": ranks.num_ranks, "zero_stage": zero_stage(ds_config)}
+    about |= stage.about()
     if ranks.is_first:
         _say_where_it_begins(stage, plan, checkpoint, about, metrics)
     if checkpoint is None:
@@ -158,6 +171,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
         if checkpoint is None or checkpoint.num_steps < plan.num_steps:
             raise FleetError(f"{stage.name}: {'; '.join(checkpoints.warnings)}, just written; look at the storage")
     assert checkpoint is not None
+    stage.check_result(_any_batch(stage, plan, ranks), ranks)
     stage.before_finish(checkpoint)
     ranks.barrier()
     if ranks.is_first:  # the last checkpoint holds whole what the ranks have in parts
@@ -239,6 +253,11 @@ def _train(
             window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
             saving.save(done, engine)
+
+
+def _any_batch(stage: RankStage, plan: StepPlan, ranks: Ranks) -> RankBatch:
+    step = next(plan.steps())
+    return stage.batch(step.micro[0][ranks.rank], step, 0)
 
 
 class _Window:

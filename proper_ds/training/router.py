@@ -112,7 +112,8 @@ class RouterStage(RankStage):
 
     def _probe(self, engine: RankEngine) -> float:
         """Mean loss of a few examples, which all ranks share; through the engine, which may hold the base in shards."""
-        order = np.random.default_rng(self._seed).permutation(len(self._examples))[:NUM_PROBED]
+        num_probed = min(NUM_PROBED, len(self._examples))
+        order = np.random.default_rng(self._seed).choice(len(self._examples), num_probed, replace=False)
         size = self.settings.per_device_train_batch_size
         rounds = -(-len(order) // (size * self._ranks.num_ranks))
         parts = np.array_split(self._examples.at(np.sort(order)), rounds * self._ranks.num_ranks)

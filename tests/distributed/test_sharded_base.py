@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from proper_ds.config import validate
@@ -21,7 +22,7 @@ from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
 from proper_ds.model.lora import LoraLayout
 from proper_ds.training.context import RunContext
-from proper_ds.training.population import PopulationModule
+from proper_ds.training.population import PopulationModule, PopulationStage, population_row
 from tests.conftest import REPO
 from tests.distributed.gang import run_ranks
 from tests.distributed.test_zero import FEED_FORWARD, NUM_PARTS, SETTINGS, make_batch
@@ -173,3 +174,60 @@ def test_a_base_without_safetensors_is_refused(tmp_path):
     (folder / "model.safetensors.index.json").unlink()
     (message,) = run_ranks(refusal, 1, raw)
     assert "ZeRO 0, 1 or 2" in message
+
+
+class _Stage:
+    """Just enough of a population stage to ask it about its result."""
+
+    def __init__(self, module):
+        self.module = module
+
+
+def ask(raw, more, change):
+    """What the population stage says of an adapter trained under ZeRO 3, after `change` of its weights."""
+    context, ranks = context_of(raw), current_ranks(1)
+    lm = context.load_lm(False, zero3(more))
+    targets = find_targets(lm, FEED_FORWARD)
+    layout = LoraLayout.of(targets, LoraSettings(r=2, target_modules=FEED_FORWARD))
+    module = PopulationModule(PersonalModel(lm, targets), layout, 0.0, seed=3)
+    if change == "not finite":
+        module.loras[0].lora_A.data.fill_(math.inf)
+    engine = RankEngine(module, zero3(more), ranks)
+    rate = 0.0 if change == "without effect" else SETTINGS.learning_rate
+    for step in range(2):
+        engine.step([make_batch(step, ranks.rank)], 0.0 if change == "not finite" else rate)
+    message, losses = "", []
+    try:
+        PopulationStage.check_result(_Stage(module), make_batch(5, ranks.rank), ranks)
+    except AdapterError as error:
+        message = str(error)
+    if not change:  # training goes on as if nobody had asked
+        losses = [engine.step([make_batch(9, ranks.rank)], rate)["ce"]]
+    weights = engine.weights()
+    engine.close()
+    return message, weights, layout, losses
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [("", ""), ("without effect", "changes no logit"), ("not finite", "not finite")]
+)
+def test_an_adapter_trained_under_zero_3_is_probed_on_every_rank(tmp_path, change, told):
+    raw = make_run(tmp_path, "float32")
+    results = run_ranks(ask, 2, raw, {"stage3_param_persistence_threshold": 0}, change)
+    for message, _, _, losses in results:
+        assert (told in message) if told else not message
+        assert all(math.isfinite(loss) for loss in losses)
+    if change:
+        return
+    _, weights, layout, _ = results[0]
+    about = peft_config(layout, FEED_FORWARD, 0.0, str(tmp_path / "base"), None)
+    save_peft(tmp_path / "out", population_row(weights, layout), layout, about)
+    lm = context_of(raw).load_lm(False)
+    ids = torch.arange(3, 13).unsqueeze(0)
+    before = lm(input_ids=ids).logits
+    with torch.no_grad():
+        merged = PeftModel.from_pretrained(lm, tmp_path / "out")(input_ids=ids).logits
+    assert (merged - before).abs().max() > 1e-4
+    for name, value in weights.items():
+        assert value.numel() > 0, name
+        assert bool(value.any()), name

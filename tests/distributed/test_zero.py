@@ -35,8 +35,8 @@ SETTINGS = GroupConfig(learning_rate=5e-3, max_grad_norm=0.5, weight_decay=0.1, 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 
 
-def make_module(kind):
-    lm = tiny_llama()
+def make_module(kind, lm=None):
+    lm = lm if lm is not None else tiny_llama()
     targets = find_targets(lm, FEED_FORWARD)
     layout = LoraLayout.of(targets, LoraSettings(r=2, target_modules=FEED_FORWARD))
     model = PersonalModel(lm, targets)
@@ -95,7 +95,7 @@ def train_ranks(kind, zero, start, stop, folder):
         raw = read_ds_file(zero)
     else:
         raw = {"zero_optimization": {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})}
-    ds_config, problems = resolve_ds(raw, "group", settings, ranks.num_ranks, bf16=False)
+    ds_config, problems = resolve_ds(raw, "group", settings, ranks.num_ranks, bf16=False, hidden_size=32)
     assert not problems
     module, level = make_module(kind)
     checkpoints = Checkpoints(Path(folder), "inputs", 1)

@@ -39,7 +39,7 @@ class GateStats:
     num_experts: int
     user: list[int] = field(default_factory=list)
     strongest_XM: list[Tensor] = field(default_factory=list)
-    sums: list[Tensor] = field(default_factory=list)
+    sums: Tensor | None = None
 
     def add(self, omega_MXN: Tensor, entropy_X: Tensor, users: Sequence[int]) -> None:
         """Count texts once.
@@ -54,17 +54,17 @@ class GateStats:
         self.user += users
         self.strongest_XM.append(omega_MXN.argmax(-1).T)
         found = torch.cat([omega_MXN.sum(1).flatten(), entropy_X.detach().sum().reshape(1)]).double()
-        self.sums = [found if not self.sums else self.sums[0] + found]
+        self.sums = found if self.sums is None else self.sums + found
 
     def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(texts [X, 1 + M]: user and strongest experts; sums [M N + 1]) since the last call; see `gate_numbers`."""
         texts = torch.zeros(0, 1 + self.num_modules, dtype=torch.int64, device=device)
         sums = torch.zeros(self.num_modules * self.num_experts + 1, dtype=torch.float64, device=device)
-        if self.user:
+        if self.sums is not None:
             user_X1 = torch.tensor(self.user, dtype=torch.int64, device=device).unsqueeze(1)
             texts = torch.cat([user_X1, torch.cat(self.strongest_XM).to(device)], dim=1)
-            sums = self.sums[0].to(device)
-        self.user, self.strongest_XM, self.sums = [], [], []
+            sums = self.sums.to(device)
+        self.user, self.strongest_XM, self.sums = [], [], None
         return texts, sums
 
 

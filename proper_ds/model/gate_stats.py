@@ -21,8 +21,8 @@ MAX_LISTED = 64
 MAX_COMPARED = 64
 """Experts that are compared with each other, a fixed sample of them."""
 COLLAPSED_SHARE, ALIKE, UNIFORM = 0.9, 0.99, 0.98
-_USERS_PER_EXPERT = 4
-"""Of fewer users than so many an expert, nobody can say which experts are left out."""
+_USERS_PER_EXPERT, _FEWEST_USERS = 4, 10
+"""Of fewer users than so many an expert, nobody can say which experts are left out; of fewer than ten, nothing."""
 
 
 @dataclass
@@ -175,7 +175,7 @@ def gate_problems(numbers: dict[str, Any], alike: dict[str, Any] | None, section
             f"gates stayed uniform (entropy {numbers['entropy']:.3f} of at most {math.log(num_experts):.3f}), so"
             f" everybody gets nearly the same mixture; {mends.uniform}"
         )
-    elif 2 * numbers["num_collapsed"] >= numbers["num_modules"]:
+    elif 2 * numbers["num_collapsed"] >= numbers["num_modules"] and numbers["num_users"] >= _FEWEST_USERS:
         problems.append(
             f"experts collapsed: in {numbers['num_collapsed']} of {numbers['num_modules']} modules one expert is the"
             f" strongest of more than {COLLAPSED_SHARE:.0%} of {numbers['num_users']} users; {mends.collapsed}"

@@ -26,6 +26,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_base(config.base),
         *_global_batches(config),
         *_packing(config),
+        *_experts(config),
         *_schedules(config),
         *_users(config),
         *_batches(config),
@@ -115,6 +116,55 @@ def _packing(config: RunConfig) -> list[Problem]:
         for name, stage in (("population", config.population), ("group", config.group))
         if stage.packing and stage.per_device_train_batch_size == 1
     ]
+
+
+def _experts(config: RunConfig) -> list[Problem]:
+    group, distributed, problems = config.group, config.distributed, []
+    presets = needs_of(config.evaluation.methods).presets
+    size = distributed.expert_parallel_size
+    if size > 1 and distributed.num_ranks % size:
+        wrong = f"{size} does not divide distributed.num_ranks {distributed.num_ranks}"
+        problems.append(Problem("distributed.expert_parallel_size", wrong, "Choose a divisor of the ranks."))
+    if size > 1 and group.num_experts % size:
+        wrong = f"{size} does not divide group.num_experts {group.num_experts}"
+        problems.append(Problem("distributed.expert_parallel_size", wrong, "Every rank holds as many experts."))
+    if size > 1 and not presets:
+        mend = "Remove it, or evaluate a method with groups."
+        problems.append(Problem("distributed.expert_parallel_size", "has no effect without experts", mend))
+    if group.top_k is not None and group.top_k >= group.num_experts:
+        wrong = f"{group.top_k} of {group.num_experts} experts leaves none out"
+        problems.append(Problem("group.top_k", wrong, "Lower it, or leave it out for PROPER's dense routing."))
+    if group.num_blocks is not None:
+        problems += _blocks(config)
+    proper_only = {"top_k", "num_blocks", "user_vector", "user_vector_size", "constraint_weight", "balance_weight"}
+    for name in sorted(proper_only & group.model_fields_set) if presets and "proper" not in presets else []:
+        mend = "Remove it, or evaluate a method of preset proper."
+        problems.append(Problem(f"group.{name}", "has no effect on proper-released", mend))
+    if group.user_vector == "table":
+        for name in sorted({"users", "history_dropout"} & group.model_fields_set):
+            problems.append(Problem(f"group.{name}", "has no effect with group.user_vector table", "Remove it."))
+        if "history" not in group.train_on and "proper" in presets:
+            wrong = "without `history`, but the user table has a row for each user, and would leave most untrained"
+            problems.append(Problem("group.train_on", wrong, "Add `history`, or use the encoder."))
+    return problems
+
+
+def _blocks(config: RunConfig) -> list[Problem]:
+    group, key, problems = config.group, "group.num_blocks", []
+    size = config.distributed.expert_parallel_size
+    assert group.num_blocks is not None
+    if group.top_k is not None:
+        problems.append(Problem(key, "given together with group.top_k", "Keep one of the two ways of leaving out."))
+    if group.user_vector == "table":
+        mend = "Use the encoder: blocks are made by likeness of histories."
+        problems.append(Problem(key, "cannot work with group.user_vector table", mend))
+    if group.num_experts % group.num_blocks:
+        wrong = f"{group.num_blocks} does not divide group.num_experts {group.num_experts}"
+        problems.append(Problem(key, wrong, "Every block has as many experts."))
+    elif group.num_blocks % size:
+        wrong = f"is no multiple of distributed.expert_parallel_size {size}"
+        problems.append(Problem(key, f"{group.num_blocks} {wrong}", "Every rank holds as many blocks."))
+    return problems
 
 
 def _schedules(config: RunConfig) -> list[Problem]:

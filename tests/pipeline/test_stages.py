@@ -120,6 +120,9 @@ def test_each_method_names_all_that_it_reads(method):
     about = METHODS[method]
     assert needs.population == about.population
     assert (about.adapter_set in needs.adapter_sets) == (about.adapter_set is not None)
+    assert set(needs.joints) == ({about.preset} if about.gates == "joint" else set())
+    assert about.joint_set is None or f"store/{about.joint_set}" in needs.stages
+    assert about.preset is None or about.level_folder in needs.stages
     assert set(needs.routers) == (
         {about.preset} if about.user_lora and about.preset and about.gates == "lora" else set()
     )

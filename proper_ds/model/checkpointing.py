@@ -52,11 +52,7 @@ def _twice(layer: nn.Module, around: Around) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return forward(*args, **given)
         # Stopping early would leave ZeRO 3 without the hooks that release a module's weights.
-        how: dict[str, Any] = {
-            "use_reentrant": False,
-            "early_stop": False,
-            "context_fn": lambda: (nullcontext(), around(layer)),
-        }
+        how: dict[str, Any] = {"context_fn": lambda: (nullcontext(), around(layer)), "early_stop": False}
         return checkpoint(lambda *inner: forward(*inner, **given), *args, use_reentrant=False, **how)
 
     return checkpointed

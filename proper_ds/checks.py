@@ -24,6 +24,9 @@ def check_config(config: RunConfig) -> list[Problem]:
     return [
         *_data(config),
         *_base(config.base),
+        *_global_batches(config),
+        *_packing(config),
+        *_experts(config),
         *_schedules(config),
         *_users(config),
         *_batches(config),
@@ -84,7 +87,84 @@ def _base(base: BaseConfig) -> list[Problem]:
 
 
 def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
-    return [("population", config.population), ("group", config.group), ("router", config.router)]
+    return [
+        ("population", config.population),
+        ("group", config.group),
+        ("router", config.router),
+        ("joint", config.joint),
+    ]
+
+
+def _global_batches(config: RunConfig) -> list[Problem]:
+    num_ranks, problems = config.distributed.num_ranks, []
+    for name, stage in _rank_stages(config):
+        if stage.train_batch_size is None:
+            continue
+        if stage.gradient_accumulation_steps != 1:
+            wrong, mend = f"has no effect with {name}.train_batch_size, which says how often", "Keep one of the two."
+            problems.append(Problem(f"{name}.gradient_accumulation_steps", wrong, mend))
+        if stage.train_batch_size < num_ranks:
+            wrong = f"{stage.train_batch_size} leaves some of distributed.num_ranks {num_ranks} without an example"
+            problems.append(Problem(f"{name}.train_batch_size", wrong, "Raise it, or use fewer ranks."))
+    return problems
+
+
+def _packing(config: RunConfig) -> list[Problem]:
+    wrong = "has no effect with per_device_train_batch_size 1: there is nothing to put into one row"
+    return [
+        Problem(f"{name}.packing", wrong, "Remove it, or raise the batch size.")
+        for name, stage in (("population", config.population), ("group", config.group))
+        if stage.packing and stage.per_device_train_batch_size == 1
+    ]
+
+
+def _experts(config: RunConfig) -> list[Problem]:
+    group, distributed, problems = config.group, config.distributed, []
+    presets = needs_of(config.evaluation.methods).presets
+    size = distributed.expert_parallel_size
+    if size > 1 and distributed.num_ranks % size:
+        wrong = f"{size} does not divide distributed.num_ranks {distributed.num_ranks}"
+        problems.append(Problem("distributed.expert_parallel_size", wrong, "Choose a divisor of the ranks."))
+    if size > 1 and group.num_experts % size:
+        wrong = f"{size} does not divide group.num_experts {group.num_experts}"
+        problems.append(Problem("distributed.expert_parallel_size", wrong, "Every rank holds as many experts."))
+    if size > 1 and not presets:
+        mend = "Remove it, or evaluate a method with groups."
+        problems.append(Problem("distributed.expert_parallel_size", "has no effect without experts", mend))
+    if group.top_k is not None and group.top_k >= group.num_experts:
+        wrong = f"{group.top_k} of {group.num_experts} experts leaves none out"
+        problems.append(Problem("group.top_k", wrong, "Lower it, or leave it out for PROPER's dense routing."))
+    if group.num_blocks is not None:
+        problems += _blocks(config)
+    proper_only = {"top_k", "num_blocks", "user_vector", "user_vector_size", "constraint_weight", "balance_weight"}
+    for name in sorted(proper_only & group.model_fields_set) if presets and "proper" not in presets else []:
+        mend = "Remove it, or evaluate a method of preset proper."
+        problems.append(Problem(f"group.{name}", "has no effect on proper-released", mend))
+    if group.user_vector == "table":
+        for name in sorted({"users", "history_dropout"} & group.model_fields_set):
+            problems.append(Problem(f"group.{name}", "has no effect with group.user_vector table", "Remove it."))
+        if "history" not in group.train_on and "proper" in presets:
+            wrong = "without `history`, but the user table has a row for each user, and would leave most untrained"
+            problems.append(Problem("group.train_on", wrong, "Add `history`, or use the encoder."))
+    return problems
+
+
+def _blocks(config: RunConfig) -> list[Problem]:
+    group, key, problems = config.group, "group.num_blocks", []
+    size = config.distributed.expert_parallel_size
+    assert group.num_blocks is not None
+    if group.top_k is not None:
+        problems.append(Problem(key, "given together with group.top_k", "Keep one of the two ways of leaving out."))
+    if group.user_vector == "table":
+        mend = "Use the encoder: blocks are made by likeness of histories."
+        problems.append(Problem(key, "cannot work with group.user_vector table", mend))
+    if group.num_experts % group.num_blocks:
+        wrong = f"{group.num_blocks} does not divide group.num_experts {group.num_experts}"
+        problems.append(Problem(key, wrong, "Every block has as many experts."))
+    elif group.num_blocks % size:
+        wrong = f"is no multiple of distributed.expert_parallel_size {size}"
+        problems.append(Problem(key, f"{group.num_blocks} {wrong}", "Every rank holds as many blocks."))
+    return problems
 
 
 def _schedules(config: RunConfig) -> list[Problem]:
@@ -154,14 +234,15 @@ def _methods(config: RunConfig) -> list[Problem]:
     evaluation, problems = config.evaluation, []
     needs = needs_of(evaluation.methods)
     missing = sorted(set(config.group.lora.target_modules) - set(config.user.lora.target_modules))
-    if needs.routers and missing:
+    lora_aware = needs.routers or needs.joints
+    if lora_aware and missing:
         wrong = f"lacks {', '.join(missing)}, which group.lora.target_modules has"
         mend = (
             "The LoRA-aware router reads the user's LoRA on every group module: add them, or drop the proper methods."
         )
         problems.append(Problem("user.lora.target_modules", wrong, mend))
     below = _missing_layers(config)
-    if needs.routers and below:
+    if lora_aware and below:
         mend = "The LoRA-aware router reads the user's LoRA on every group module: add them, or set group.lora.layers."
         problems.append(Problem("user.lora.layers", f"lacks {below}, which group.lora has", mend))
     if "proper-released" in needs.presets and "history" not in config.group.train_on:

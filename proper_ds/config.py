@@ -23,7 +23,7 @@ from proper_ds.fleet.config import FleetConfig
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import Section, problems_of
 from proper_ds.store.config import StoreConfig
-from proper_ds.training.config import GroupConfig, PopulationConfig, RouterConfig, UserConfig
+from proper_ds.training.config import GroupConfig, JointConfig, PopulationConfig, RouterConfig, UserConfig
 
 ROOT_VARIABLE = "PROPER_DS_ROOT"
 
@@ -40,6 +40,7 @@ class RunConfig(Section):
     group: GroupConfig = GroupConfig()
     user: UserConfig = UserConfig()
     router: RouterConfig = RouterConfig()
+    joint: JointConfig = JointConfig()
     distributed: DistributedConfig = DistributedConfig()
     fleet: FleetConfig = FleetConfig()
     store: StoreConfig = StoreConfig()

@@ -97,6 +97,19 @@ def test_options_without_effect_are_mistakes(load):
     assert "no effect on generated answers" in found["evaluation.ordinal"]
 
 
+def test_a_global_batch_is_said_once_and_gives_every_rank_an_example(load):
+    found = problems(load, "group.train_batch_size=12", "group.gradient_accumulation_steps=2")
+    assert "no effect with group.train_batch_size" in found["group.gradient_accumulation_steps"]
+    found = problems(load, "router.train_batch_size=2", "distributed.num_ranks=3")
+    assert "without an example" in found["router.train_batch_size"]
+    assert load(GOOD, "group.train_batch_size=12", "distributed.num_ranks=5").group.num_micro_batches(5) == 1
+
+
+def test_packing_needs_something_to_pack(load):
+    found = problems(load, "group.packing=true", "group.per_device_train_batch_size=1")
+    assert "no effect" in found["group.packing"]
+
+
 def test_all_mistakes_come_at_once(load):
     found = problems(
         load, "sede=1", "population.learning_rate=-1", "user.num_tokens_per_batch=20", "evaluation.split=train"
@@ -200,3 +213,25 @@ def test_deepspeed_files_of_an_upload_are_found_where_the_job_runs(load, tmp_pat
     monkeypatch.chdir(REPO)
     monkeypatch.setenv("PROPER_DS_ROOT", str(tmp_path))
     assert load().distributed.deepspeed == str(REPO / "ds_configs/zero2.json")
+
+
+def test_experts_and_blocks_must_fit_the_ranks(load):
+    found = problems(load, "distributed.num_ranks=3", "distributed.expert_parallel_size=2", "group.num_experts=8")
+    assert "does not divide distributed.num_ranks 3" in found["distributed.expert_parallel_size"]
+    found = problems(load, "distributed.num_ranks=2", "distributed.expert_parallel_size=2", "group.num_experts=5")
+    assert "does not divide group.num_experts 5" in found["distributed.expert_parallel_size"]
+    assert "leaves none out" in problems(load, "group.top_k=5")["group.top_k"]
+    found = problems(load, "group.num_blocks=2", "group.top_k=1", "group.user_vector=table", "group.num_experts=6")
+    assert "group.num_blocks" in found
+    assert "does not divide" in problems(load, "group.num_blocks=3")["group.num_blocks"]
+    found = problems(load, "evaluation.methods=[proper-released]", "group.top_k=2")
+    assert "no effect on proper-released" in found["group.top_k"]
+    found = problems(load, "group.user_vector=table", "group.history_dropout=0.5")
+    assert "no effect" in found["group.history_dropout"]
+    good = (
+        "distributed.num_ranks=4",
+        "distributed.expert_parallel_size=2",
+        "group.num_experts=8",
+        "group.num_blocks=4",
+    )
+    assert load(GOOD, *good, "group.num_blocks=4").group.num_blocks == 4

@@ -13,7 +13,7 @@ BELOW = {
     "model": {"model"},
     "observe": {"observe"},
     "store": {"store", "model"},
-    "distributed": {"distributed", "training"},  # training: only its configuration, see below
+    "distributed": {"distributed", "model", "training"},  # training: only its configuration, see below
     "training": {"training", "distributed", "store", "observe", "model", "data"},
     "evaluation": {"evaluation", "training", "store", "observe", "model", "data"},
     "erasure": {"erasure", "evaluation", "training", "store", "model", "data"},

@@ -60,6 +60,29 @@ def scaling(
 
 
 @app.command()
+def data(
+    what: Annotated[
+        Literal["order", "packing"],
+        typer.Option(help="What a rank holds of the order of examples; rows of several examples against padding."),
+    ] = "order",
+    examples: Annotated[int, typer.Option(min=100_000, help="For `order`: made-up examples.")] = 4_000_000,
+    preset: Annotated[str, typer.Option(help="For `packing`: small, medium or large.")] = "small",
+    batch_size: Annotated[int, typer.Option(min=2, help="For `packing`: examples of a micro-batch.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="For `packing`: how often each variant runs, in turn.")] = 3,
+    json_file: Json = None,
+) -> None:
+    """How ranks see the data."""
+    if what == "order":
+        from proper_ds.bench.data_order import bench_order
+
+        bench_order(examples, json_file)
+    else:
+        from proper_ds.bench.packing import bench_packing
+
+        bench_packing(preset, batch_size, repeats, json_file)
+
+
+@app.command()
 def store(
     users: Annotated[int, typer.Option(min=256, help="Adapters to store.")] = 10_000,
     adapter_bytes: Annotated[int, typer.Option(min=10_000, help="Size of one, about.")] = 100_000,
@@ -84,3 +107,15 @@ def users(
     from proper_ds.bench.users import bench_users
 
     bench_users(preset, batch_size, repeats, json)
+
+
+@app.command()
+def group(
+    parity: Annotated[bool, typer.Option("--parity", help="Losses on several ranks beside one process.")] = False,
+    json_file: Json = None,
+) -> None:
+    """The group stage: equal losses on any ranks (`--parity`)."""
+    from proper_ds.bench.parity import bench_parity
+
+    if parity:
+        bench_parity(json_file)

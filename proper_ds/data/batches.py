@@ -1,22 +1,21 @@
-"""Examples to tensors, and the orders in which stages see them; all pure functions of indices, lengths and seeds.
+"""Examples to tensors, and which rank sees which; all pure functions of indices, lengths and seeds.
 
 Shapes: R rows, T tokens, K target tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
+from proper_ds.data.order import Blocks, Order
 from proper_ds.data.tokens import Example
-from proper_ds.files import seed_of
 
 Tensor = torch.Tensor
-
-_POOL_BATCHES = 50
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,12 @@ class Batch:
     """Right-padded rows and where their targets are.
 
     Attributes:
+        length_R: tokens of each row that are not padding.
         row_K, position_K: where each target token is predicted (one before where it stands).
-        target_K: the tokens to be predicted: each row's answer and end token.
-        examples: the rows' examples, in order.
+        target_K: the tokens to be predicted: each text's answer and end token.
+        examples: the texts, in order; without packing, the rows.
+        text_RT: which of the examples a token belongs to, -1 for padding; None where each row is one text.
+        place_RT: each token's place in its own text; None as above.
     """
 
     ids_RT: Tensor
@@ -35,6 +37,8 @@ class Batch:
     position_K: Tensor
     target_K: Tensor
     examples: tuple[Example, ...]
+    text_RT: Tensor | None = None
+    place_RT: Tensor | None = None
 
     @property
     def mask_RT(self) -> Tensor:
@@ -42,29 +46,67 @@ class Batch:
         return torch.arange(self.ids_RT.shape[1], device=self.ids_RT.device) < self.length_R[:, None]
 
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu", pad_id: int = 0) -> Batch:
-    """A batch of the examples, as wide as the longest."""
+def collate(
+    examples: Sequence[Example], device: torch.device | str = "cpu", pad_id: int = 0, *, packing: bool = False
+) -> Batch:
+    """A batch of the examples, as wide as the longest.
+
+    Args:
+        packing: put short examples into the room that the longest leaves, several to a row.
+    """
     length = np.asarray([len(example.ids) for example in examples], dtype=np.int64)
     num_prompt = np.asarray([example.num_prompt for example in examples], dtype=np.int64)
-    ids = np.full((len(examples), int(length.max())), pad_id, dtype=np.int64)
-    for number, example in enumerate(examples):
-        ids[number, : len(example.ids)] = example.ids
+    rows = first_fit_decreasing(length, int(length.max())) if packing else []
+    is_packed = 0 < len(rows) < len(examples)
+    if not is_packed:
+        rows = [[number] for number in range(len(examples))]
+    row, start = np.zeros_like(length), np.zeros_like(length)
+    for number, texts in enumerate(rows):
+        row[texts], start[texts] = number, np.cumsum([0, *length[texts[:-1]]])
+    within, row_at = counts_up(length), np.repeat(row, length)
+    column_at = np.repeat(start, length) + within
+    shape = (len(rows), int(length.max()))
+
+    def wide(values: np.ndarray, filling: int) -> Tensor:
+        found = np.full(shape, filling, dtype=np.int64)
+        found[row_at, column_at] = values
+        return torch.from_numpy(found).to(device)
+
+    ids_RT = wide(np.concatenate([example.ids for example in examples]), pad_id)
     counts = length - num_prompt
-    row = np.repeat(np.arange(len(examples)), counts)
-    starts = np.repeat(num_prompt - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-    position = np.arange(counts.sum()) + starts
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
+    row_k = torch.from_numpy(np.repeat(row, counts)).to(device)
+    column_k = torch.from_numpy(np.repeat(start + num_prompt, counts) + counts_up(counts)).to(device)
     return Batch(
-        ids_RT=tensor(ids),
-        length_R=tensor(length),
-        row_K=tensor(row),
-        position_K=tensor(position - 1),
-        target_K=tensor(ids[row, position]),
+        ids_RT=ids_RT,
+        length_R=torch.from_numpy(np.bincount(row, weights=length).astype(np.int64)).to(device),
+        row_K=row_k,
+        position_K=column_k - 1,
+        target_K=ids_RT[row_k, column_k],
         examples=tuple(examples),
+        text_RT=wide(np.repeat(np.arange(len(examples)), length), -1) if is_packed else None,
+        place_RT=wide(within, 0) if is_packed else None,
     )
+
+
+def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]]:
+    """Positions in rows of at most `width` tokens: the longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for text in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = int(lengths[text])
+        row = next((number for number, left in enumerate(room) if length <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(text)
+        room[row] -= length
+    return rows
+
+
+def counts_up(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, .. for each of the lengths, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 def length_batches(lengths: Sequence[int], num_tokens: int, max_padding: int | None = None) -> list[list[int]]:
@@ -105,57 +147,61 @@ class Step:
 
 
 class StepPlan:
-    """The order in which ranks see examples: a function of seed and epoch, not of who is running.
+    """Which rank sees which examples in which step.
 
-    Batches hold examples of similar length (as Hugging Face's `group_by_length`); the last one may be short.
+    A step's examples depend on seed, epoch and `train_batch_size` only (`order.py`). All ranks run the same number of
+    micro-batches in every step, as DeepSpeed asks for, and their parts of a micro-batch differ by one example at most.
+
+    With `owner_of`, an example goes to a rank whose number leaves the example's owner when divided by `num_owners`: a
+    step's examples of one owner are shared by that owner's ranks alone. Micro-batches then hold as many examples as
+    their owner has in the step, more or fewer than `per_device`, and their number stays.
     """
 
     def __init__(
         self,
-        indices: np.ndarray,
-        lengths: np.ndarray,
-        num_targets: np.ndarray,
+        blocks: Blocks,
         *,
         num_ranks: int,
-        per_rank: int,
-        accumulation: int,
+        per_device: int,
+        train_batch_size: int,
         num_epochs: int,
         max_steps: int | None,
         seed: int,
+        owner_of: Callable[[np.ndarray], np.ndarray] | None = None,
+        num_owners: int = 1,
     ) -> None:
-        """Takes the example indices to learn from, and for each its length and number of target tokens."""
-        self._indices, self._lengths, self._num_targets = indices, lengths, num_targets
-        self._num_ranks, self._accumulation, self._seed = num_ranks, accumulation, seed
-        self._global = num_ranks * per_rank * accumulation
-        self.steps_per_epoch = -(-len(indices) // self._global)
-        self.num_steps = max_steps if max_steps is not None else self.steps_per_epoch * num_epochs
+        """Takes the examples to learn from.
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        generator = np.random.default_rng(seed_of(self._seed, "epoch", epoch))
-        order = generator.permutation(len(self._indices))
-        pool = self._global * _POOL_BATCHES
-        batches = []
-        for start in range(0, len(order), pool):
-            part = order[start : start + pool]
-            part = part[np.argsort(-self._lengths[part], kind="stable")]
-            batches += [part[i : i + self._global] for i in range(0, len(part), self._global)]
-        return [batches[i] for i in generator.permutation(len(batches))]
+        Args:
+            per_device: examples of one micro-batch of one rank, at most.
+            train_batch_size: examples of one step of all ranks.
+            owner_of: maps example indices to owners from 0 up to `num_owners`; None where any rank will do.
+            num_owners: divides `num_ranks`.
+        """
+        assert num_ranks % num_owners == 0, "every owner has the same number of ranks"
+        self._order = Order(blocks, train_batch_size, seed)
+        self._num_ranks, self._num_owners, self._owner_of = num_ranks, num_owners, owner_of
+        self.accumulation = num_micro_batches(train_batch_size, num_ranks, per_device)
+        self.steps_per_epoch = self._order.batches_per_epoch
+        self.num_steps = max_steps if max_steps is not None else self.steps_per_epoch * num_epochs
 
     def steps(self, first: int = 0) -> Iterator[Step]:
         """The steps from `first` on; `first` counts from 0 over all epochs."""
-        number = first
-        while number < self.num_steps:
-            epoch, within = divmod(number, self.steps_per_epoch)
-            for batch in self._epoch(epoch)[within:]:
-                if number >= self.num_steps:
-                    return
-                yield self._step(batch)
-                number += 1
+        for batch in islice(self._order.batches(first), max(0, self.num_steps - first)):
+            yield Step(self._dealt(batch.indices), int(batch.num_targets.sum()), len(batch))
 
-    def _step(self, batch: np.ndarray) -> Step:
-        parts = np.array_split(batch, self._num_ranks * self._accumulation)
-        micro = [
-            [self._indices[parts[a * self._num_ranks + rank]] for rank in range(self._num_ranks)]
-            for a in range(self._accumulation)
-        ]
-        return Step(micro, int(self._num_targets[batch].sum()), len(batch))
+    def _dealt(self, indices: np.ndarray) -> list[list[np.ndarray]]:
+        micro = [[indices[:0]] * self._num_ranks for _ in range(self.accumulation)]
+        owners = np.zeros(len(indices), dtype=np.int64) if self._owner_of is None else self._owner_of(indices)
+        num_owners = 1 if self._owner_of is None else self._num_owners
+        for owner in range(num_owners):
+            ranks = range(owner, self._num_ranks, num_owners)
+            parts = np.array_split(indices[owners == owner], len(ranks) * self.accumulation)
+            for number, part in enumerate(parts):
+                micro[number // len(ranks)][ranks[number % len(ranks)]] = part
+        return micro
+
+
+def num_micro_batches(train_batch_size: int, num_ranks: int, per_device: int) -> int:
+    """Micro-batches of each rank in one step."""
+    return -(-train_batch_size // (num_ranks * per_device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from proper_ds.data.forgotten import Forgotten, tombstone
@@ -50,11 +51,18 @@ class PreparedData:
 
     def keys(self) -> list[str]:
         """All user keys, by index."""
-        found = [key for shard in self.manifest.shards for key in self._column(shard.file, "user")]
-        return [tombstone(n) if self._forgotten.has(key) else key for n, key in enumerate(found)]
+        found: list[str] = self.key_column().to_pylist()
+        return found
 
-    def _column(self, file: str, name: str) -> list:
-        return pq.read_table(self.folder / file, columns=[name]).column(name).to_pylist()
+    def key_column(self) -> pa.LargeStringArray:
+        """All user keys, by index, as one column: no Python object a user."""
+        tables = [pq.read_table(self.folder / shard.file, columns=["user"]) for shard in self.manifest.shards]
+        chunks = [chunk.cast(pa.large_string()) for table in tables for chunk in table.column("user").chunks]
+        found = pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())
+        if not len(self._forgotten):
+            return found
+        keys = [tombstone(n) if self._forgotten.has(key) else key for n, key in enumerate(found.to_pylist())]
+        return pa.array(keys, pa.large_string())
 
 
 def _user_of(row: dict) -> User:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from proper_ds.data.manifest import TaskManifest
+from proper_ds.data.mapped import MappedRows
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.prompts import Encoded, PromptEncoder, history_prompt
 from proper_ds.data.records import User
@@ -27,6 +27,8 @@ HISTORY, QUERY, BLANK = 0, 1, -1
 EXAMPLES_PER_FILE = 50_000
 ROWS_PER_BATCH = 1_000
 USERS_PER_DIGEST = 1_024
+EXAMPLES_PER_BLOCK = 5_000
+"""What is read of a column at once; a file is a whole number of blocks."""
 Progress = Callable[[str, int, int | None], None]
 MARKER = "tokens.json"
 
@@ -174,20 +176,22 @@ def _examples(
 
 
 class TokenData:
-    """The tokenised examples, memory-mapped; read by stages through indices."""
+    """The tokenised examples; read by stages through indices, from mapped files of which none is loaded whole."""
 
     def __init__(self, folder: Path) -> None:
-        from datasets import Dataset, concatenate_datasets
-
         self.marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        parts = [Dataset.from_file(str(folder / name)) for name in self.marker["files"]]
-        self._data = concatenate_datasets(parts).with_format("numpy")
+        self._rows = MappedRows([folder / name for name in self.marker["files"]], self.marker["num_examples"])
         self._first = np.load(folder / "first.npy", mmap_mode="r", allow_pickle=False)
 
     @property
     def num_users(self) -> int:
         """Users, cold ones included."""
         return len(self._first) - 1
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of all users."""
+        return self._rows.num_rows
 
     @property
     def tasks(self) -> list[str]:
@@ -198,14 +202,20 @@ class TokenData:
         """Token ids of each label of a task, end token included; empty for open answers."""
         return list(self.marker["labels"][task])
 
-    def column(self, name: str) -> np.ndarray:
-        """A column of all examples: any but `input_ids`."""
-        return self._columns[name]
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A column (any but `input_ids`) of the examples from `start` up to `stop`.
 
-    @cached_property
-    def _columns(self) -> dict[str, np.ndarray]:
-        names = [field.name for field in SCHEMA if field.name != "input_ids"]
-        return {name: self._data.data.column(name).to_numpy() for name in names}
+        All of them at once take as many bytes as there are: whoever can, goes by `blocks`.
+        """
+        stop = self.num_examples if stop is None else stop
+        if start >= stop:
+            return np.empty(0, dtype=SCHEMA.field(name).type.to_pandas_dtype())
+        return self._rows.column(name, start, stop)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """[start, stop) of each block of examples, in order."""
+        for start in range(0, self.num_examples, EXAMPLES_PER_BLOCK):
+            yield start, min(start + EXAMPLES_PER_BLOCK, self.num_examples)
 
     def split_code(self, split: str) -> int:
         """The number that stands for a split in the `split` column; -2, which matches none, where it is absent."""
@@ -215,20 +225,24 @@ class TokenData:
         """[start, stop) of a user's examples."""
         return int(self._first[user]), int(self._first[user + 1])
 
+    def users_of(self, indices: np.ndarray) -> np.ndarray:
+        """The user of each example; reads no example."""
+        return np.searchsorted(self._first, indices, side="right") - 1
+
     def history_digests(self, first: int, stop: int) -> list[str]:
         """A hex digest of the tokenised history of each of the users `first` up to `stop`; "" where there is none.
 
         It depends on nothing but the tokens, so the same history has the same digest wherever it stands.
         """
         found = []
-        kind, num_prompt = self.column("kind"), self.column("num_prompt")
         for start in range(first, stop, USERS_PER_DIGEST):
             end = min(start + USERS_PER_DIGEST, stop)
-            row = int(self._first[start])
-            ids = self._data.data.column("input_ids").slice(row, int(self._first[end]) - row).combine_chunks()
+            row, last = int(self._first[start]), int(self._first[end])
+            parts = [batch.column("input_ids") for batch, _ in self._rows.ranges(row, last)]
+            ids = pa.concat_arrays(parts) if parts else pa.array([], SCHEMA.field("input_ids").type)
             offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
-            shape = np.stack([np.diff(offsets), num_prompt[row : row + len(ids)]], axis=1).astype(np.int64)
-            num_history = np.concatenate([[0], np.cumsum(kind[row : row + len(ids)] == HISTORY)])
+            shape = np.stack([np.diff(offsets), self.column("num_prompt", row, last)], axis=1).astype(np.int64)
+            num_history = np.concatenate([[0], np.cumsum(self.column("kind", row, last) == HISTORY)])
             for user in range(start, end):
                 a, b = (int(n) - row for n in self.range_of(user))
                 b = a + int(num_history[b] - num_history[a])  # questions come after the history
@@ -239,19 +253,23 @@ class TokenData:
 
     def examples(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
         """The examples at `indices`, in that order."""
-        if not len(indices):
-            return []
-        rows = self._data[[int(i) for i in indices]]
-        return _made(rows)
+        found: dict[int, Example] = {}
+        for batch, rows, positions in self._rows.places(np.asarray(indices, dtype=np.int64)):
+            found.update(zip(positions.tolist(), _made(batch, rows), strict=True))
+        return [found[position] for position in range(len(indices))]
 
     def examples_of(self, start: int, stop: int) -> list[Example]:
         """The examples from `start` up to `stop`."""
-        return _made(self._data[start:stop]) if stop > start else []
+        parts = (_made(batch, np.arange(batch.num_rows)) for batch, _ in self._rows.ranges(start, stop))
+        return [example for part in parts for example in part]
 
 
-def _made(rows: dict[str, Any]) -> list[Example]:
-    columns = (rows[name] for name in ("user", "kind", "task", "position", "num_prompt", "input_ids"))
-    return [
-        Example(int(user), int(kind), int(task), int(position), int(num_prompt), np.asarray(ids, dtype=np.int64))
-        for user, kind, task, position, num_prompt, ids in zip(*columns, strict=True)
-    ]
+def _made(batch: pa.RecordBatch, rows: np.ndarray) -> list[Example]:
+    """The examples in the given rows of a record batch."""
+    user, kind, task, position, num_prompt = (
+        batch.column(name).to_numpy()[rows].tolist() for name in ("user", "kind", "task", "position", "num_prompt")
+    )
+    ids = batch.column("input_ids")
+    offsets, values = ids.offsets.to_numpy(), ids.values.to_numpy()
+    tokens = (values[offsets[row] : offsets[row + 1]].astype(np.int64) for row in rows)
+    return [Example(*about) for about in zip(user, kind, task, position, num_prompt, tokens, strict=True)]

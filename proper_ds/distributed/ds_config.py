@@ -26,10 +26,11 @@ def read_ds_file(path: str) -> dict[str, Any]:
 
 
 def _wanted(stage: RankTraining, num_ranks: int, bf16: bool) -> dict[str, Any]:
+    accumulation = stage.num_micro_batches(num_ranks)
     return {
         "train_micro_batch_size_per_gpu": stage.per_device_train_batch_size,
-        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
-        "train_batch_size": stage.per_device_train_batch_size * stage.gradient_accumulation_steps * num_ranks,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": stage.per_device_train_batch_size * accumulation * num_ranks,
         "gradient_clipping": stage.max_grad_norm,
         "bf16.enabled": bf16,
         "optimizer.params.lr": stage.learning_rate,
@@ -147,3 +148,9 @@ def zero_stage(raw: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration (0 where none is given)."""
     section = raw.get("zero_optimization", {})
     return int(section.get("stage", 0)) if isinstance(section, dict) else 0
+
+
+def offloads_optimizer(raw: dict[str, Any]) -> bool:
+    """Whether optimizer states live on the CPU."""
+    device = raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return bool(device not in ("none", None))

@@ -1,6 +1,6 @@
 """The DeepSpeed engine of one stage on one rank: steps, and its state as plain tensors.
 
-The only file that imports deepspeed. State goes in and out through DeepSpeed's own tensor-fragment API, gathered to
+ State goes in and out through DeepSpeed's own tensor-fragment API, gathered to
 full tensors, so that a checkpoint holds no pickles and does not depend on the ZeRO stage or the number of ranks.
 """
 
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from proper_ds.distributed.apart import Apart
+from proper_ds.distributed.checkpoint import Checkpoint, Shard
+from proper_ds.distributed.clipping import NormHook, clip_factor
 from proper_ds.distributed.ds_config import zero_stage
 from proper_ds.distributed.ranks import Ranks
 
@@ -41,15 +46,19 @@ class RankEngine:
     Args:
         module: its forward takes one batch and returns a scalar loss and a dictionary of numbers to log.
         ds_config: a resolved DeepSpeed configuration.
+        apart: what is trained beside it, in the same steps and clipped by the same norm.
     """
 
-    def __init__(self, module: nn.Module, ds_config: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any], ranks: Ranks, apart: Sequence[Apart] = ()) -> None:
         deepspeed = import_deepspeed(ranks.device.type == "cuda")
         self._utils = deepspeed.utils
         self.ranks = ranks
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._zero_stage = zero_stage(ds_config)
         self._accumulation = int(ds_config["gradient_accumulation_steps"])
+        self._apart, self._max_norm = apart, float(ds_config["gradient_clipping"])
+        if apart and not self._zero_stage:
+            ds_config = ds_config | {"gradient_clipping": 0.0}  # without ZeRO the engine clips here, by the common norm
         if ds_config["bf16"]["enabled"] and any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
             for parameter in self._trained.values():  # DeepSpeed does so where it partitions the whole module itself
                 parameter.data = parameter.data.bfloat16()
@@ -58,6 +67,7 @@ class RankEngine:
             model_parameters=list(self._trained.values()),
             config={"steps_per_print": 1 << 62} | ds_config,
         )
+        self._hook = NormHook(self._optimizer) if apart and self._zero_stage else None
 
     @property
     def module(self) -> nn.Module:
@@ -75,15 +85,38 @@ class RankEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         logged: dict[str, Tensor] = {}
-        for batch in batches:
+        norm = 0.0
+        for number, batch in enumerate(batches, start=1):
             loss, numbers = self._engine(batch)
             self._engine.backward(loss * (self.ranks.num_ranks * self._accumulation))
+            if self._apart and number == len(batches):
+                norm = self._common_norm()
             self._engine.step()
             for name, value in numbers.items():
                 logged[name] = logged[name] + value if name in logged else value
-        found = {name: float(value) for name, value in logged.items()}
-        norm = self._engine.get_global_grad_norm()
-        return found | {"grad_norm": float(norm) if norm is not None else 0.0}
+        if self._hook is not None:
+            self._hook.take()
+        if self._hook is not None or not self._apart:
+            found = self._engine.get_global_grad_norm()
+            norm = float(found) if found is not None else 0.0
+        for apart in self._apart:
+            apart.step(learning_rate, clip_factor(norm, self._max_norm) / self.ranks.num_ranks)
+        return {name: float(value) for name, value in logged.items()} | {"grad_norm": norm}
+
+    def _common_norm(self) -> float:
+        """Tell DeepSpeed's clipping of the gradients beside it; without ZeRO, clip here and return the norm."""
+        square = torch.stack([apart.reduce() for apart in self._apart]).sum()
+        if self.ranks.num_ranks > 1:
+            dist.all_reduce(square)
+        square = square / self.ranks.num_ranks**2  # backward ran on the loss times the number of ranks
+        if self._hook is not None:
+            self._hook.give(square)
+            return 0.0
+        grads = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        norm = float((square + sum(grad.square().sum() for grad in grads)).sqrt())
+        for grad in grads:
+            grad.mul_(clip_factor(norm, self._max_norm))
+        return norm
 
     def state(self) -> dict[str, Tensor]:
         """Full fp32 weights and AdamW moments of all trained parameters, on the CPU; a collective."""
@@ -94,22 +127,26 @@ class RankEngine:
                 found[f"{moment}/{name}"] = self._read(parameter, moment)
         return found
 
-    def weights(self) -> dict[str, Tensor]:
-        """Full fp32 weights of all trained parameters by name, on the CPU; a collective."""
-        return {name: self._read(parameter, None) for name, parameter in self._trained.items()}
+    def shards(self) -> list[Shard]:
+        """What this rank holds of parameters trained apart, weights and moments; a collective."""
+        return [shard for apart in self._apart for shard in apart.shards()]
 
-    def restore(self, state: dict[str, Tensor], num_steps: int, any_batch: Any) -> None:
-        """Continue from `state`, written after `num_steps` optimizer steps; a collective.
+    def restore(self, checkpoint: Checkpoint, any_batch: Any) -> None:
+        """Continue from a checkpoint of any number of ranks and any ZeRO stage; a collective.
 
-        The module must already hold the state's weights when the engine is made: under bf16 they are its rounded
+        The module must already hold the checkpoint's weights when the engine is made: under bf16 they are its rounded
         copy. A step with learning rate 0 and no gradient makes DeepSpeed create its moments, which are then set.
         """
+        state, num_steps = checkpoint.tensors, checkpoint.num_steps
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
         for _ in range(self._accumulation):
             loss, _ = self._engine(any_batch)
             self._engine.backward(loss * 0.0)
             self._engine.step()
+        for apart in self._apart:
+            apart.drop()
+            apart.restore(checkpoint.rows, num_steps)
         for name, parameter in self._trained.items():
             self._write(parameter, None, state[f"weight/{name}"])
             for moment in MOMENTS:

@@ -30,6 +30,36 @@ class Ranks:
         dist.all_reduce(total)
         return [float(value) for value in total]
 
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """Every rank's values, by rank; as many from each; a collective."""
+        if self.num_ranks == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        found = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+        dist.all_gather(found, mine)
+        return [[int(value) for value in each] for each in found]
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, which is of one shape on all of them; a collective."""
+        if self.num_ranks == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows, in the order of ranks, which may hold unlike numbers of them; a collective."""
+        if self.num_ranks == 1:
+            return rows
+        counts = torch.zeros(self.num_ranks, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        dist.all_reduce(counts)
+        sizes: list[int] = counts.tolist()
+        padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.num_ranks > 1:

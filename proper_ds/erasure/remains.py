@@ -11,7 +11,7 @@ from proper_ds.data.sources import find_sources
 from proper_ds.data.tokens import HISTORY, QUERY
 from proper_ds.errors import ProperError
 from proper_ds.evaluation.methods import needs_of
-from proper_ds.model.presets import PRESETS
+from proper_ds.model.presets import preset_of
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import router_users, training_users
 
@@ -41,11 +41,14 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
     router = router_users(tokens, config.router.users, config.router.max_users, split, config.seed)
     stages = {"population": (train, config.population.train_on)}
     for preset in needs.presets:
-        has_table = PRESETS[preset].user_vector == "table"
+        has_table = preset_of(preset, config.group.user_vector).user_vector == "table"
         taught = everybody if has_table or config.group.users == "all" else train
         stages[f"group/{preset}"] = (taught, config.group.train_on)
     for preset in needs.routers:
         stages[f"router/{preset}"] = (router, config.router.train_on)
+    for preset in needs.joints:
+        joint = router_users(tokens, config.joint.users, config.joint.max_users, split, config.seed)
+        stages[f"store/{preset}-joint"] = (joint, config.joint.train_on)
     for name, (mask, train_on) in stages.items():
         done = folder.stage(name).inputs()
         if done is not None:
@@ -55,16 +58,15 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
 
 
 def _counts(context: RunContext, users: list[int], train_on: Collection[str]) -> dict[str, int]:
-    tokens = context.tokens
-    theirs = np.isin(tokens.column("user"), users)
-    kind = tokens.column("kind")
-    asked = (kind == QUERY) & tokens.column("has_answer") if "queries" in train_on else np.zeros_like(theirs)
-    items = kind == HISTORY if "history" in train_on else np.zeros_like(theirs)
-    return {
-        "num_users": len(users),
-        "num_items": int((theirs & items).sum()),
-        "num_questions": int((theirs & asked).sum()),
-    }
+    tokens, num_items, num_questions = context.tokens, 0, 0
+    for user in users:
+        start, stop = tokens.range_of(user)
+        kind = tokens.column("kind", start, stop)
+        if "history" in train_on:
+            num_items += int((kind == HISTORY).sum())
+        if "queries" in train_on:
+            num_questions += int(((kind == QUERY) & tokens.column("has_answer", start, stop)).sum())
+    return {"num_users": len(users), "num_items": num_items, "num_questions": num_questions}
 
 
 def still_in_sources(config: RunConfig, keys: Collection[str]) -> list[str]:

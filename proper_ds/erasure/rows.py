@@ -31,7 +31,7 @@ from proper_ds.data.tokens import BLANK
 from proper_ds.data.tokens import SCHEMA as TOKENS
 from proper_ds.files import atomic_path, digest_of_file
 
-_TABLE = ".router.table"
+_TABLE = "user_table.weight"
 
 
 @dataclass(frozen=True)
@@ -251,28 +251,26 @@ def erase_predictions(folder: Path, users: Collection[int]) -> Taken:
 
 
 def erase_table_lines(path: Path, users: Collection[int]) -> Taken:
-    """Make the users' lines in released user tables those of the unknown user."""
+    """Make the users' lines in a group level's user table those of the unknown user."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    tensors, num_lines = load_file(path), 0
-    for name, table in tensors.items():
-        if not name.endswith(_TABLE):
-            continue
-        for line in [user + 1 for user in users if user + 1 < len(table)]:
-            num_lines += not table[line].equal(table[0])
-            table[line] = table[0]
-    if not num_lines:
+    tensors = load_file(path)
+    table = tensors.get(_TABLE)
+    lines = [user + 1 for user in users if table is not None and user + 1 < len(table)]
+    changed = [line for line in lines if table is not None and not table[line].equal(table[0])]
+    if table is None or not changed:
         return Taken()
-    return _rewritten(path, num_lines, partial(save_file, tensors, metadata=metadata))
+    table[changed] = table[0]
+    return _rewritten(path, len(changed), partial(save_file, tensors, metadata=metadata))
 
 
 def has_tables(folder: Path) -> bool:
-    """Whether a group level holds released user tables."""
+    """Whether a group level holds a user table."""
     path = folder / "level.safetensors"
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
-        return any(name.endswith(_TABLE) for name in file.keys())  # noqa: SIM118 - no mapping
+        return _TABLE in file.keys()  # noqa: SIM118 - no mapping
 
 
 def is_prepared(folder: Path) -> bool:

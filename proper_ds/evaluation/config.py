@@ -16,6 +16,7 @@ MethodName = Literal[
     "OPPU",
     "proper",
     "proper-released",
+    "proper-joint",
     "proper-user-gates",
     "proper-released-user-gates",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Gates = Literal["user", "lora"]
+Gates = Literal["user", "lora", "joint"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Method:
         population: the population LoRA is merged into the base.
         preset: the group experts of this preset are on, or None.
         user_lora: each user's own LoRA is on.
-        gates: which router mixes the experts: user-aware (stage 2) or LoRA-aware (stage 3.2).
+        gates: which router mixes the experts: user-aware (stage 2), LoRA-aware (stage 3.2), or one that was trained
+            together with users' adapters.
         says: one line for the report.
     """
 
@@ -33,10 +34,28 @@ class Method:
 
     @property
     def adapter_set(self) -> str | None:
-        """The name of the store's set of user adapters that this method reads, or None."""
+        """The name of the set of user adapters behind this method, trained user by user (stage 3.1), or None."""
         if not self.user_lora:
             return None
         return self.preset or "OPPU"
+
+    @property
+    def joint_set(self) -> str | None:
+        """The set of adapters that were trained on together with the router, if they were; others keep 3.1's."""
+        return f"{self.preset}-joint" if self.gates == "joint" else None
+
+    @property
+    def own_set(self) -> str | None:
+        """The set of adapters that answers, or None."""
+        return self.joint_set or self.adapter_set
+
+    @property
+    def level_folder(self) -> str:
+        """The folder, below the run's, of the group level that answers; only for methods with a preset."""
+        assert self.preset is not None, f"{self.name} has no groups"
+        if self.joint_set is not None:
+            return f"store/{self.joint_set}"
+        return f"{'router' if self.user_lora and self.gates == 'lora' else 'group'}/{self.preset}"
 
 
 METHODS = {
@@ -56,6 +75,7 @@ METHODS = {
             "lora",
             "the same with the released mathematics",
         ),
+        Method("proper-joint", True, "proper", True, "joint", "proper with stages 3.1 and 3.2 trained on together"),
         Method("proper-user-gates", True, "proper", True, "user", "proper before stage 3.2: user-aware gates"),
         Method(
             "proper-released-user-gates",
@@ -80,13 +100,16 @@ class Needs:
     """User stages: `OPPU` or a preset."""
     routers: tuple[str, ...]
     """LoRA-aware routers, by preset."""
+    joints: tuple[str, ...]
+    """LoRA-aware routers that are trained together with users' adapters, by preset."""
 
     @property
     def stages(self) -> list[str]:
         """Folders of all stages that a run of these methods has, in order; some may have been done elsewhere."""
         found = ["prepared", "base", "tokens", "population", "features"]
         found += [f"group/{name}" for name in self.presets] + [f"store/{name}" for name in self.adapter_sets]
-        return [*found, *(f"router/{name}" for name in self.routers), "predictions"]
+        found += [f"router/{name}" for name in self.routers] + [f"store/{name}-joint" for name in self.joints]
+        return [*found, "predictions"]
 
 
 def needs_of(names: Sequence[str]) -> Needs:
@@ -101,4 +124,5 @@ def needs_of(names: Sequence[str]) -> Needs:
         presets=once([method.preset for method in methods]),
         adapter_sets=once([method.adapter_set for method in methods]),
         routers=once([m.preset for m in methods if m.user_lora and m.gates == "lora"]),
+        joints=once([m.preset for m in methods if m.gates == "joint"]),
     )

@@ -1,4 +1,7 @@
-"""The report's plots as SVG text: learning curves, gain by history length, how users spread over experts."""
+"""The report's plots as SVG text: learning curves, gain by history length, how users spread over experts.
+
+Those of experts while they train are in `gate_plots.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,14 @@ COLOURS = {
     "OPPU": "#0072b2",
     "proper": "#d55e00",
     "proper-released": "#cc79a7",
+    "proper-joint": "#56b4e9",
     "proper-user-gates": "#009e73",
     "proper-released-user-gates": "#7a4f9a",
 }
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
+    """A figure as SVG text, without what comes before the element; the figure is closed."""
     out = io.StringIO()
     figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
@@ -56,7 +61,7 @@ def learning_curves(events: list[dict[str, Any]]) -> str | None:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     figure.tight_layout()
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list[str]) -> str | None:
@@ -82,7 +87,7 @@ def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list
     axis.tick_params(axis="y", labelsize=8)
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.grid(axis="y", alpha=0.25)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def _pair(bucket: dict[str, Any], metric: str, method: str, rival: str) -> dict[str, Any] | None:
@@ -113,4 +118,4 @@ def expert_spread(experts: dict[str, Any]) -> str | None:
         axis.set_xticks(range(found["num_experts"]))
         axis.tick_params(labelsize=7)
     figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8).set_label("share of users", fontsize=8)
-    return _svg(figure)
+    return svg_of(figure)

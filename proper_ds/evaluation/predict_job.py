@@ -25,9 +25,11 @@ from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import SlotBuffers
 from proper_ds.model.routing import Rows, mean_gates
 from proper_ds.store.elsewhere import open_store
+from proper_ds.store.layers import LayeredAdapters
+from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import PopulationSwitch, RunContext
 from proper_ds.training.features import FeatureData
-from proper_ds.training.selection import num_history, table_line
+from proper_ds.training.selection import num_history
 from proper_ds.training.unit_jobs import UserRange, user_vector
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class PredictJob:
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._levels = {self._level_path(m): self._load_level(m) for m in self._methods if m.preset}
-        self._stores = {s: open_store(context.folder.stage(f"store/{s}").path) for s in self._sets()}
+        self._stores = {m.own_set: self._adapters_of(m) for m in self._methods if m.own_set is not None}
         self._slots = {
             name: SlotBuffers(store.layout, MAX_ROWS, torch.float32, device, trainable=False)
             for name, store in self._stores.items()
@@ -99,12 +101,14 @@ class PredictJob:
         if any(level.encoder is not None for level in self._levels.values()):
             self._features = FeatureData(context.folder.stage("features").path)
 
-    def _sets(self) -> list[str]:
-        return sorted({m.adapter_set for m in self._methods if m.adapter_set is not None})
+    def _adapters_of(self, method: Method) -> AdapterStore | LayeredAdapters:
+        lower = open_store(self._context.folder.stage(f"store/{method.adapter_set}").path)
+        if method.joint_set is None:
+            return lower
+        return LayeredAdapters(open_store(self._context.folder.stage(f"store/{method.joint_set}").path), lower)
 
     def _level_path(self, method: Method) -> Path:
-        kind = "router" if method.user_lora and method.gates == "lora" else "group"
-        return self._context.folder.stage(f"{kind}/{method.preset}").path / "level.safetensors"
+        return self._context.folder.stage(method.level_folder).path / "level.safetensors"
 
     def _load_level(self, method: Method) -> GroupLevel:
         return GroupLevel.load(self._level_path(method)).to(self._context.device)
@@ -141,7 +145,7 @@ class PredictJob:
             self._population.set(method.population)
         level = self._levels[self._level_path(method)] if method.preset else None
         self._model.attach_groups(level.by_module() if level is not None else None)
-        slots = self._slots.get(method.adapter_set) if method.adapter_set is not None else None
+        slots = self._slots.get(method.own_set) if method.own_set is not None else None
         if level is not None and level.lora_aware and slots is None:
             raise AssertionError("the router stage cannot have run without any stored adapter")
         self._model.attach_users(slots.modules() if slots is not None else None)
@@ -197,15 +201,11 @@ class PredictJob:
         rows, personal = Rows(), [False] * len(batch)
         level = self._levels[self._level_path(method)] if method.preset else None
         if level is not None:
-            lines = [table_line(user, self._history[user], level.sizes["num_users"]) for user in users]
-            rows.table_R = torch.tensor(lines, device=device)
-        if level is not None and level.encoder is not None:
-            assert self._features is not None
-            vectors = {user: user_vector(level, self._features, user) for user in set(users)}
+            vectors = {u: user_vector(level, self._features, u, int(self._history[u])) for u in set(users)}
             rows.user_RU = torch.stack([vectors[user] for user in users])
-        slots = self._slots.get(method.adapter_set) if method.adapter_set is not None else None
-        if slots is not None and method.adapter_set is not None:
-            store = self._stores[method.adapter_set]
+        slots = self._slots.get(method.own_set) if method.own_set is not None else None
+        if slots is not None and method.own_set is not None:
+            store = self._stores[method.own_set]
             distinct = sorted(set(users))
             held = [user for user in distinct if store.has(keys[user])]
             slots.weights_SP.zero_()
@@ -229,13 +229,13 @@ class PredictJob:
         ids_RT = np.zeros((len(prompts), max(len(p) for p in prompts)), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids_RT[row, : len(prompt)] = prompt
-        self._model.set_rows(replace(rows, gates=[]))
+        self._model.set_rows(replace(rows, gates={}))
         with torch.no_grad():
             self._model.hidden(torch.from_numpy(ids_RT).to(self._context.device))
         assert self._model.rows.gates is not None
         lengths = torch.tensor([len(p) for p in prompts], device=self._context.device)
         parts = []
-        for _, gates_RTN in self._model.rows.gates:
+        for gates_RTN in self._model.rows.gates.values():
             mask_RT = torch.arange(gates_RTN.shape[1], device=lengths.device) < lengths[:, None]
             parts.append(mean_gates(gates_RTN.float(), mask_RT))
         found: list[list[float]] = torch.cat(parts, dim=-1).tolist()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from proper_ds.evaluation.gates import gate_history
 from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.report_html import html_of
@@ -39,9 +40,7 @@ def write_report(context: RunContext, kept: Mapping[str, str]) -> dict[str, Any]
     manifest = context.prepared.manifest
     write_lamp_files(table, manifest.tasks, methods, context.folder.stage("predictions").path)
     found = build_report(context, table) | {"kept": dict(kept)}
-    events, _ = read_events(context.folder.metrics)
-    stages = needs_of(methods).stages
-    write_text_atomic(root / "report.html", html_of(found, [event for event in events if event["stage"] in stages]))
+    write_text_atomic(root / "report.html", html_of(found, _events(context, needs_of(methods).stages)))
     write_text_atomic(root / "report.md", markdown_of(found))
     write_json_atomic(root / "report.json", found)
     return found
@@ -81,6 +80,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "tasks": tasks,
         "users": _users(context, config),
         "experts": expert_use(table, names),
+        "gates": gate_history(_events(context, stages)),
         "router_jumps": _router_jumps(context, stages),
         "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
@@ -90,7 +90,8 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
 def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
     manifest = context.prepared.manifest
     sets = {}
-    for name in dict.fromkeys(METHODS[m].adapter_set for m in config.evaluation.methods):
+    methods = [METHODS[name] for name in config.evaluation.methods]
+    for name in dict.fromkeys(name for method in methods for name in (method.adapter_set, method.own_set)):
         if name is None:
             continue
         store = open_store(context.folder.stage(f"store/{name}").path)
@@ -113,13 +114,14 @@ def _version(store: AdapterStore, user: str) -> int:
     return entry.version
 
 
+def _events(context: RunContext, stages: Collection[str]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that the stages wrote."""
+    return [event for event in read_events(context.folder.metrics)[0] if event["stage"] in stages]
+
+
 def _router_jumps(context: RunContext, stages: Collection[str]) -> list[dict[str, Any]]:
-    events, _ = read_events(context.folder.metrics)
-    last = {
-        event["stage"]: event
-        for event in events
-        if event.get("event") == "gates exchanged" and event["stage"] in stages
-    }
+    events = _events(context, stages)
+    last = {event["stage"]: event for event in events if event.get("event") == "gates exchanged"}
     return [
         {"stage": stage, "loss_user_gates": event["loss_user_gates"], "loss_lora_gates": event["loss_lora_gates"]}
         for stage, event in last.items()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from proper_ds.evaluation.gate_plots import gate_curves
+from proper_ds.evaluation.gates import GATE_HEADER, gate_rows, jump_lines, problem_lines
 from proper_ds.evaluation.plots import expert_spread, gain_by_history, learning_curves
 from proper_ds.evaluation.report_text import (
     against,
@@ -103,6 +105,21 @@ def _costs(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _gates(report: dict[str, Any]) -> list[str]:
+    """What the routers did while they trained; nothing where no stage mixes experts."""
+    if not report["gates"]:
+        return []
+    parts = ["<h3>Gates and experts in training</h3>"]
+    parts += [f"<p class='note'>{escape(line)}</p>" for line in problem_lines(report)]
+    caption = (
+        "As stages train: how sharp the gates are and how evenly experts are used; users by their strongest expert;"
+        " cosines between the experts' updates at the end."
+    )
+    parts.append(_figure(gate_curves(report["gates"]), caption))
+    parts.append(_table(GATE_HEADER, gate_rows(report["gates"])))
+    return parts + [f"<p>{escape(line)}</p>" for line in jump_lines(report)]
+
+
 def html_of(report: dict[str, Any], events: list[dict[str, Any]]) -> str:
     """The whole report; `events` are the lines of metrics.jsonl, for the learning curves."""
     parts = ["<h1>proper_ds report</h1>"]
@@ -110,13 +127,14 @@ def html_of(report: dict[str, Any], events: list[dict[str, Any]]) -> str:
         parts.append("<p class='note'>The data is generated: these figures say nothing about real people.</p>")
     parts.append(_about(report))
     parts += [_task_part(report, task) for task in report["tasks"]]
-    parts.append("<h2>Experts</h2>" if report["experts"] else "")
+    parts.append("<h2>Experts</h2>" if report["experts"] or report["gates"] else "")
     parts.append(
         _figure(
             expert_spread(report["experts"]),
             "How users spread over experts: for each adapted module, the share of users whose strongest expert it is.",
         )
     )
+    parts += _gates(report)
     parts.append("<h2>Learning curves</h2>")
     parts.append(_figure(learning_curves(events), "Loss per target token of each stage that runs in steps."))
     parts.append(_costs(report))

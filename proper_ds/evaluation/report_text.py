@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from proper_ds.evaluation.gates import GATE_HEADER, gate_rows, jump_lines, problem_lines
+
 
 def number(value: float) -> str:
     """A score as it is printed everywhere."""
@@ -104,10 +106,15 @@ def _costs(report: dict[str, Any]) -> str:
         parts += ["", table(["set", "adapters", "failed", "bytes a user", "bytes"], rows)]
     parts += [line for text in update_lines(report) for line in ("", text)]
     parts += ["", table(["stage", "seconds"], [[name, f"{s:.1f}"] for name, s in report["stages"].items()])]
-    for jump in report["router_jumps"]:
-        before, after = jump["loss_user_gates"], jump["loss_lora_gates"]
-        parts += ["", f"{jump['stage']}: loss {before} under user-aware gates, {after} when they were exchanged."]
     return "\n".join(parts)
+
+
+def _gates(report: dict[str, Any]) -> list[str]:
+    if not report["gates"]:
+        return []
+    parts = ["## Experts", "", table(GATE_HEADER, gate_rows(report["gates"])), ""]
+    parts += [line for text in jump_lines(report) for line in (text, "")]
+    return parts + [line for text in problem_lines(report) for line in (f"**Warning**, {text}", "")]
 
 
 def markdown_of(report: dict[str, Any]) -> str:
@@ -134,5 +141,6 @@ def markdown_of(report: dict[str, Any]) -> str:
             header = ["difference", "metric", "gain (positive is better)", "interval", "verdict"]
             parts += ["Paired differences over users:", "", table(header, compared), ""]
         parts += [_by_history(report, task), ""]
+    parts += _gates(report)
     parts.append(_costs(report))
     return "\n".join(parts) + "\n"

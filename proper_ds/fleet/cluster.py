@@ -11,10 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from proper_ds.errors import ConfigError, FleetError, Problem
 from proper_ds.fleet.config import FleetConfig
 from proper_ds.fleet.worker import KEEPALIVE
+
+ANSWER_TIMEOUT_S = 20.0
+"""How long a node may take to start a process and answer."""
+RANK_HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30"}
+"""When Ray Train takes a rank that gives no sign of life for lost; ten minutes by default."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,18 @@ class Cluster:
     def now(self) -> Cluster:
         """The cluster as it is now."""
         return Cluster(_alive_nodes(), self.on_gpu, self.is_ours)
+
+    def answering(self) -> Cluster:
+        """Without the nodes that do not answer: Ray can take minutes to tell that a host was cut off."""
+        probe = ray.remote(num_cpus=0, max_retries=0)(_answer)
+        asked = {
+            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(): node_id
+            for node_id in self.nodes
+        }
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
+        answered = {asked[ref] for ref in done if _came(ref)}
+        nodes = {node_id: node for node_id, node in self.nodes.items() if node_id in answered}
+        return Cluster(nodes, self.on_gpu, self.is_ours)
 
     def num_actors(self, fleet: FleetConfig) -> int:
         """Actors to keep running: as many as configured, or for `auto` as fit now; one that waits where none fits."""
@@ -83,6 +101,18 @@ class Cluster:
         return f"the cluster has {cpus} CPUs and {gpus} GPUs on {nodes}"
 
 
+def _answer() -> bool:
+    """What a node is asked to run."""
+    return True
+
+
+def _came(ref: ray.ObjectRef) -> bool:
+    try:
+        return bool(ray.get(ref))
+    except ray.exceptions.RayError:
+        return False
+
+
 def _alive_nodes() -> dict[str, Node]:
     found = ((node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"])
     return {node_id: Node(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for node_id, has in found}
@@ -92,7 +122,7 @@ def _alive_nodes() -> dict[str, Node]:
 def ray_cluster() -> Iterator[Cluster]:
     """The cluster of $RAY_ADDRESS (set in a Ray job), or one of this machine that ends with the block."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    for name, value in KEEPALIVE.items():
+    for name, value in (KEEPALIVE | RANK_HEALTH).items():
         os.environ.setdefault(name, value)
     joined = bool(os.environ.get("RAY_ADDRESS"))
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -15,6 +15,7 @@ from proper_ds.model.dropout import row_dropout
 from proper_ds.model.experts import ExpertMixture
 from proper_ds.model.halves import Halves
 from proper_ds.model.lora import SharedLora, SlotLora
+from proper_ds.model.masks import text_mask
 from proper_ds.model.places import at_places, find_top
 from proper_ds.model.routing import Rows
 
@@ -143,9 +144,22 @@ class PersonalModel(nn.Module):
         found: Tensor = self.lm.get_output_embeddings()(states_RTD[row_K, position_K])
         return found
 
-    def target_losses(self, ids_RT: Tensor, row_K: Tensor, column_K: Tensor, target_K: Tensor) -> Tensor:
-        """Cross-entropy [K] of each target token of right-padded rows; see `losses_at`."""
-        return self.losses_at(self.hidden(ids_RT), row_K, column_K, target_K)
+    def target_losses(
+        self,
+        ids_RT: Tensor,
+        row_K: Tensor,
+        column_K: Tensor,
+        target_K: Tensor,
+        place_RT: Tensor | None = None,
+        text_RT: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy [K] of each target token of right-padded rows; see `losses_at`.
+
+        Args:
+            place_RT, text_RT: of rows that hold several texts, each token's place in its text, and which text it is.
+        """
+        mask_R1TT = text_mask(text_RT, self.lm.dtype) if text_RT is not None else None
+        return self.losses_at(self.hidden(ids_RT, place_RT, mask_R1TT), row_K, column_K, target_K)
 
     def losses_at(self, states_RTD: Tensor, row_K: Tensor, column_K: Tensor, target_K: Tensor) -> Tensor:
         """Cross-entropy [K] of each target token, in at least fp32.

@@ -99,8 +99,12 @@ def attention_window(config: Any) -> int | None:
     return min(found, default=None)
 
 
-def check_masks(lm: Any) -> None:
-    """Raise AdapterError unless two texts behind a shared beginning, told apart by a mask, are as each alone."""
+def check_masks(lm: Any, setting: str) -> None:
+    """Raise AdapterError unless two texts behind a shared beginning, told apart by a mask, are as each alone.
+
+    Args:
+        setting: the option that asks for such rows.
+    """
     ids = torch.arange(3, 8, device=lm.device).unsqueeze(0) % lm.config.vocab_size  # beginning of 2, text of 2, of 1
     position_ids = torch.tensor([[0, 1, 2, 3, 2]], device=lm.device)
     seen = torch.ones(5, 5, dtype=torch.bool, device=lm.device).tril()
@@ -120,7 +124,7 @@ def check_masks(lm: Any) -> None:
     if not fits:
         raise AdapterError(
             f"{type(lm).__name__} does not take 4-D attention masks with positions, which rows of several items need;"
-            " set user.share_prefix=false"
+            f" set {setting}=false"
         )
 
 

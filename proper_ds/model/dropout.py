@@ -21,9 +21,13 @@ def _mixed(h: Tensor) -> Tensor:
     return h ^ ((h >> 33) & 0x7FFFFFFF)
 
 
-def token_keys(key_R: Tensor, position_RT: Tensor) -> Tensor:
-    """Keys [R, T] of tokens at these positions of texts with these keys (both int64; sums wrap)."""
-    return key_R.unsqueeze(-1) + position_RT * _TOKEN
+def token_keys(key_RT: Tensor, position_RT: Tensor) -> Tensor:
+    """Keys [R, T] of tokens at these positions of texts with these keys (both int64; sums wrap).
+
+    Args:
+        key_RT: key of each token's text; or [R], one for each row that is a single text.
+    """
+    return (key_RT.unsqueeze(-1) if key_RT.dim() == 1 else key_RT) + position_RT * _TOKEN
 
 
 def row_dropout(x_RTD: Tensor, key_RT: Tensor, module: int, p: float) -> Tensor:

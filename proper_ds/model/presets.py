@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -19,8 +19,8 @@ class Preset:
             softmaxes, as released.
         divide_by_experts: multiply the experts' sum by 1/N, as released.
         constraint_gradient: whether the constraint loss reaches the weights; the released one does not.
-        user_vector: `encoder`: one vector from the user's history, shared by all modules; `table`: one learned row
-            per user and module, as wide as the module's input, as released.
+        user_vector: `encoder`: one vector from the user's history, shared by all modules; `table`: a learned row per
+            user, shared by all modules or, as released, with a part for each module as wide as the module's input.
         lora_gate: `residual`: the LoRA-aware term is added to the user-aware logits, so stage 3.2 starts where 3.1
             ended; `replace`: the user-aware gate is thrown away, as released.
     """
@@ -40,3 +40,9 @@ PRESETS = {
         Preset("proper-released", "double_softmax", True, False, "table", "replace"),
     )
 }
+
+
+def preset_of(name: str, user_vector: Literal["encoder", "table"]) -> Preset:
+    """The preset called `name`; `user_vector` is what `proper` is to use (the released one has its table)."""
+    found = PRESETS[name]
+    return found if found.gate == "double_softmax" else replace(found, user_vector=user_vector)

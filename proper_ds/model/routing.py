@@ -24,19 +24,24 @@ class Rows:
 
     Attributes:
         slot_R: each row's slot of user adapters.
-        user_RU: each row's user vector (preset `proper`).
-        table_R: each row's line in the released user tables.
+        user_RU: each row's user vector; each text's, where there is `text_RT`.
+        text_RT: the text that each token belongs to in rows of several texts, from 0; -1 at padding. None where each
+            row is one text.
         key_R: each row's dropout key, or [R, T] each token's; None switches dropout off.
         places: where targets are predicted, to run the top of the model there only; not with dropout or `gates`.
-        gates: filled by each router with (module, gates [R, T, N]) when it is a list.
+        gates: filled with each module's gates [R, T, N] when it is a dictionary.
     """
 
     slot_R: Tensor | None = None
     user_RU: Tensor | None = None
-    table_R: Tensor | None = None
+    text_RT: Tensor | None = None
     key_R: Tensor | None = None
     places: Places | None = None
-    gates: list[tuple[str, Tensor]] | None = field(default=None)
+    gates: dict[str, Tensor] | None = field(default=None)
+
+    def by_token(self, value_XN: Tensor) -> Tensor:
+        """What belongs to rows (or texts), as something that can be added to [R, T, N]."""
+        return value_XN.unsqueeze(1) if self.text_RT is None else value_XN[self.text_RT.clamp_min(0)]
 
 
 def _uniform(*shape: int, fan_in: int, generator: torch.Generator) -> nn.Parameter:
@@ -45,10 +50,14 @@ def _uniform(*shape: int, fan_in: int, generator: torch.Generator) -> nn.Paramet
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound, generator=generator))
 
 
+def at_least_float(values: Tensor) -> Tensor:
+    """The values in fp32, or in fp64 where they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _softmax(logits: Tensor) -> Tensor:
     """Softmax over the experts in at least fp32, cast back."""
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    return exact.softmax(-1).to(logits.dtype)
+    return at_least_float(logits).softmax(-1).to(logits.dtype)
 
 
 class Router(nn.Module):
@@ -62,13 +71,22 @@ class Router(nn.Module):
 class SummedRouter(Router):
     """Preset `proper`, stage 2: `softmax(W_x x_t + W_u z_u)`, z the user vector shared by all modules.
 
+    With `num_blocks`, the user vector ends in a one-hot of the user's block, and only that block's experts get gates.
     The softmax of summed logits can become as sharp as the data asks for; the released sum of probabilities cannot.
     `W_u` starts at random, so that users with unlike vectors use unlike experts from the first step: experts that all
     see everybody hardly ever come apart.
     """
 
-    def __init__(self, in_features: int, num_experts: int, user_vector_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        user_vector_size: int,
+        generator: torch.Generator,
+        num_blocks: int | None = None,
+    ) -> None:
         super().__init__()
+        self._num_blocks = num_blocks
         self.token = _uniform(num_experts, in_features, fan_in=in_features, generator=generator)
         spread = user_vector_size**-0.5
         self.user = nn.Parameter(torch.empty(num_experts, user_vector_size).normal_(0, spread, generator=generator))
@@ -77,8 +95,12 @@ class SummedRouter(Router):
         """Gate logits [R, T, N] before the softmax."""
         assert rows.user_RU is not None, "user vectors not set"
         token_RTN = nn.functional.linear(x_RTD, self.token.to(x_RTD.dtype))
-        user_RN = nn.functional.linear(rows.user_RU.to(x_RTD.dtype), self.user.to(x_RTD.dtype))
-        return token_RTN + user_RN.unsqueeze(1)
+        user_RU, size = rows.user_RU, self.user.shape[1]
+        user_RN = nn.functional.linear(user_RU[:, :size].to(x_RTD.dtype), self.user.to(x_RTD.dtype))
+        if self._num_blocks is not None:
+            own_RN = user_RU[:, size:].repeat_interleave(len(self.user) // self._num_blocks, dim=1)
+            user_RN = user_RN.masked_fill(own_RN == 0, -torch.inf)
+        return token_RTN + rows.by_token(user_RN)
 
     def forward(self, x_RTD: Tensor, user_out_RTE: Tensor | None, rows: Rows) -> Tensor:
         """See Router."""
@@ -88,29 +110,22 @@ class SummedRouter(Router):
 class ReleasedRouter(Router):
     """Preset `proper-released`, stage 2: `softmax(softmax(W_x x_t) + softmax(W_u e_u))`, e_u this module's own row.
 
-    Line 0 of the table stands for users that the stage never saw; the released code has no such user.
+    The user vector holds the rows of all modules side by side; this module's begins at `first`.
     """
 
-    def __init__(self, in_features: int, num_experts: int, num_users: int, generator: torch.Generator) -> None:
+    def __init__(self, in_features: int, num_experts: int, first: int, generator: torch.Generator) -> None:
         super().__init__()
         self.token = _uniform(num_experts, in_features, fan_in=in_features, generator=generator)
         self.user = _uniform(num_experts, in_features, fan_in=in_features, generator=generator)
-        self.table = nn.Parameter(torch.empty(num_users + 1, in_features).normal_(generator=generator))
+        self._first = first
 
     def forward(self, x_RTD: Tensor, user_out_RTE: Tensor | None, rows: Rows) -> Tensor:
         """See Router."""
-        assert rows.table_R is not None, "table lines not set"
+        assert rows.user_RU is not None, "user vectors not set"
         token_RTN = _softmax(nn.functional.linear(x_RTD, self.token.to(x_RTD.dtype)))
-        user_RD = nn.functional.embedding(rows.table_R, self.table).to(x_RTD.dtype)
+        user_RD = rows.user_RU[:, self._first : self._first + x_RTD.shape[-1]].to(x_RTD.dtype)
         user_RN = _softmax(nn.functional.linear(user_RD, self.user.to(x_RTD.dtype)))
-        return _softmax(token_RTN + user_RN.unsqueeze(1))
-
-    def set_unknown_user(self, lines: Tensor) -> None:
-        """Make line 0, and every other line that was not trained, the mean of the given trained lines."""
-        untrained = torch.ones(len(self.table), dtype=torch.bool)
-        untrained[lines] = False
-        with torch.no_grad():
-            self.table[untrained] = self.table[lines].mean(0)
+        return _softmax(token_RTN + rows.by_token(user_RN))
 
 
 class ReplacingLoraRouter(Router):
@@ -153,18 +168,29 @@ def mean_gates(gates_RTN: Tensor, mask_RT: Tensor) -> Tensor:
     return (gates_RTN * weights_RT.unsqueeze(-1)).sum(1) / weights_RT.sum(1, keepdim=True).clamp_min(1)
 
 
+def mean_by_text(values_RTN: Tensor, text_RT: Tensor, num_texts: int) -> Tensor:
+    """As `mean_gates`, [X, N] for rows of several texts, told apart by `text_RT` (-1 at padding)."""
+    flat_M = text_RT.flatten()
+    real_M = flat_M >= 0
+    sums_XN = values_RTN.new_zeros(num_texts, values_RTN.shape[-1])
+    sums_XN = sums_XN.index_add(0, flat_M[real_M], values_RTN.flatten(0, 1)[real_M])
+    counts_X = torch.bincount(flat_M[real_M], minlength=num_texts)
+    return sums_XN / counts_X.clamp_min(1).unsqueeze(-1).to(sums_XN.dtype)
+
+
 def constraint(mean_RN: Tensor) -> Tensor:
     """PROPER's constraint of each row, [R]: the off-diagonal sum of `omega omega^T`, which is `1 - sum omega^2`."""
     return 1 - mean_RN.square().sum(-1)
 
 
-def imbalance(mean_RN: Tensor, weight_R: Tensor) -> Tensor:
-    """How unevenly the rows together use the experts: `N sum_i m_i^2 - 1`, 0 where all are used alike.
+def imbalance(mean_XN: Tensor, recent_N: Tensor) -> Tensor:
+    """How much each text, [X], adds to the uneven use of the experts: `N sum_i m_i (2 w_i - m_i) - 1`.
 
-    It keeps users from all choosing one expert, which the constraint alone would allow (methods.md 1.4).
+    w are the text's mean gates, m the shares of the experts over the steps before, which have no gradient. The mean
+    over the texts is `N sum_i w_i^2 - 1` of their common shares to first order around m: 0 where all experts are used
+    alike. It keeps users from all choosing one expert, which the constraint alone would allow (methods.md 1.4).
     """
-    share_N = (mean_RN * weight_R.unsqueeze(-1)).sum(0) / weight_R.sum().clamp_min(1)
-    return len(share_N) * share_N.square().sum() - 1
+    return len(recent_N) * (recent_N * (2 * mean_XN - recent_N)).sum(-1) - 1
 
 
 def entropy(gates_RTN: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""User vectors from histories: what the population model got wrong about a user, pooled, through a small trained head.
+"""User vectors: from histories (what the population model got wrong about a user, through a small head), or a table.
 
 So a user never seen in training gets groups too, and a user without history is the learned generic user (preset
 `proper`). The features come from the loss's gradient on the frozen population model: PROPER's levels learn what the
@@ -12,9 +12,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from proper_ds.files import seed_of
+
 Tensor = torch.Tensor
 
 SKETCH_SEED = 20250303
+_LINES_PER_SEED = 1024
+_LLOYD_ROUNDS = 50
 PRIOR_ITEMS = 3
 """A user's features are their sum over the items divided by the number of items plus this: little evidence, little
 deviation from the average user."""
@@ -57,12 +61,16 @@ class UserEncoder(nn.Module):
 
     Attributes:
         mean, std: of the features over the training users; fixed.
+        centroids: of the users' blocks, [B, F]; no rows without block routing.
     """
 
     mean: Tensor
     std: Tensor
+    centroids: Tensor
 
-    def __init__(self, feature_size: int, user_vector_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, feature_size: int, user_vector_size: int, generator: torch.Generator, num_blocks: int = 0
+    ) -> None:
         super().__init__()
         bound = 1 / feature_size**0.5
 
@@ -75,16 +83,94 @@ class UserEncoder(nn.Module):
         self.generic = nn.Parameter(torch.zeros(user_vector_size))
         self.register_buffer("mean", torch.zeros(feature_size))
         self.register_buffer("std", torch.ones(feature_size))
+        self.register_buffer("centroids", torch.zeros(num_blocks, feature_size))
 
-    def forward(self, features_RF: Tensor, known_R: Tensor) -> Tensor:
-        """User vectors [R, U].
+    def normal(self, features_RF: Tensor) -> Tensor:
+        """Standardised features."""
+        return (features_RF.to(self.mean.dtype) - self.mean) / self.std
+
+    def blocks(self, features_RF: Tensor) -> Tensor:
+        """The block [R] of users by the features of their whole history: the nearest centroid's."""
+        return torch.cdist(self.normal(features_RF), self.centroids).argmin(1)
+
+    def forward(self, features_RF: Tensor, known_R: Tensor, block_R: Tensor | None = None) -> Tensor:
+        """User vectors [R, U]; with blocks [R, U + B], the block as a one-hot behind the rest.
 
         Args:
             features_RF: pooled item features of each row's user.
             known_R: False where the row's user has no history, or is to be forgotten.
+            block_R: each row's block, where the features are not those of the whole history.
         """
         kind = self.inner.dtype
-        normal_RF = ((features_RF.to(self.mean.dtype) - self.mean) / self.std).to(kind)
+        normal_RF = self.normal(features_RF).to(kind)
         code_RU = nn.functional.gelu(nn.functional.linear(normal_RF, self.inner, self.inner_bias))
         vector_RU = nn.functional.linear(code_RU, self.outer)
-        return torch.where(known_R.unsqueeze(-1), vector_RU, self.generic)
+        vector_RU = torch.where(known_R.unsqueeze(-1), vector_RU, self.generic)
+        if not len(self.centroids):
+            return vector_RU
+        block_R = self.blocks(features_RF) if block_R is None else block_R
+        one_hot_RB = nn.functional.one_hot(block_R, len(self.centroids))
+        return torch.cat([vector_RU, one_hot_RB.to(kind)], dim=1)
+
+
+class UserTable(nn.Module):
+    """A learned row per user, [1 + users, W]; line 0 is the unknown user's."""
+
+    def __init__(self, num_lines: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_lines, width))
+
+    def forward(self, line_R: Tensor) -> Tensor:
+        """Rows [R, W] of users' lines."""
+        return nn.functional.embedding(line_R, self.weight)
+
+    def set_unknown_user(self, lines: Tensor) -> None:
+        """Make line 0, and every other line that was not trained, the mean of the given trained lines."""
+        untrained = torch.ones(len(self.weight), dtype=torch.bool)
+        untrained[lines] = False
+        with torch.no_grad():
+            self.weight[untrained] = self.weight[lines].mean(0)
+
+
+def initial_lines(start: int, stop: int, width: int, seed: int) -> Tensor:
+    """Rows `start` up to `stop` of a fresh table, N(0, 1) as the released code's; line 0, the unknown user, is zero.
+
+    A function of the line and the seed, so that any number of ranks starts from the same table.
+    """
+    first = start // _LINES_PER_SEED
+    parts = []
+    for block in range(first, -(-stop // _LINES_PER_SEED)):
+        generator = torch.Generator().manual_seed(seed_of(seed, "user table", block))
+        parts.append(torch.empty(_LINES_PER_SEED, width).normal_(generator=generator))
+    if not parts:
+        return torch.zeros(0, width)
+    found = torch.cat(parts)[start - first * _LINES_PER_SEED : stop - first * _LINES_PER_SEED].clone()
+    if start == 0 < stop:
+        found[0] = 0
+    return found
+
+
+def fit_blocks(normal_UF: Tensor, num_blocks: int, seed: int) -> Tensor:
+    """Centroids [B, F] of users' standardised features: k-means (Lloyd 1982) from a k-means++ start.
+
+    Raises:
+        ValueError: where there are fewer different users than blocks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(normal_UF), (1,), generator=generator))
+    centres = [normal_UF[first]]
+    for _ in range(num_blocks - 1):
+        nearest_U = torch.cdist(normal_UF, torch.stack(centres)).square().min(1).values
+        if not nearest_U.any():
+            raise ValueError(f"only {len(centres)} users differ, too few for {num_blocks} blocks")
+        centres.append(normal_UF[int(torch.multinomial(nearest_U, 1, generator=generator))])
+    centroids_BF = torch.stack(centres)
+    for _ in range(_LLOYD_ROUNDS):
+        block_U = torch.cdist(normal_UF, centroids_BF).argmin(1)
+        counts_B = torch.bincount(block_U, minlength=num_blocks)
+        sums_BF = torch.zeros_like(centroids_BF).index_add_(0, block_U, normal_UF)
+        found_BF = torch.where(counts_B[:, None] > 0, sums_BF / counts_B.clamp_min(1)[:, None], centroids_BF)
+        if torch.equal(found_BF, centroids_BF):
+            break
+        centroids_BF = found_BF
+    return centroids_BF

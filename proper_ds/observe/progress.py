@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import read_events
 
 LINE_INTERVAL_S = 10.0
@@ -65,7 +66,7 @@ class ProgressView:
 
 @contextmanager
 def follow_metrics(path: Path, view: ProgressView, interval_s: float = 0.5) -> Iterator[None]:
-    """Show the steps that ranks append to `metrics.jsonl` while the block runs."""
+    """Show the steps and warnings that ranks append to `metrics.jsonl` while the block runs."""
     stop = threading.Event()
     offset = path.stat().st_size if path.exists() else 0
 
@@ -79,6 +80,8 @@ def follow_metrics(path: Path, view: ProgressView, interval_s: float = 0.5) -> I
                     loss = event.get("loss")
                     note = f"loss {loss:.4f}" if isinstance(loss, float) else ""
                     view.report(event["stage"], event["step"], event["num_steps"], note)
+                if "warning" in event:
+                    get_logger().warning("%s: %s", event["stage"], event["warning"])
             if ended:
                 return
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 KEPT_STEPS = ("base", "population", "group", "router")
-IDLE = ("num_ranks", "num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
+IDLE = ("num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
 """Settings that say how the work is cut, not what is learned: they may change from night to night."""
 _KEYS = {
     "seed": "seed",
@@ -85,7 +85,8 @@ class Kept:
 
     def compare(self, name: str, then: dict[str, Any], now: dict[str, Any]) -> None:
         """Note every setting that is not what it was when a result was made."""
-        section = {"base": "base.create", "store": "user"}.get(name.partition("/")[0], name.partition("/")[0])
+        kind = "joint" if name.endswith("-joint") else name.partition("/")[0]
+        section = {"base": "base.create", "store": "user"}.get(kind, kind)
         before, after = _flat(then), _flat(now)
         for setting in sorted({*before, *after} - set(IDLE)):
             was, given = before.get(setting), after.get(setting)

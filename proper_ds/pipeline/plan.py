@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from proper_ds.model.config import LoraSettings
 
 NUM_SAMPLED_USERS = 300
+ROW_BYTES = 12
+"""A number of an adapter and its two moments, in fp32."""
 STORED_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -103,11 +105,17 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
         except AdapterError as error:
             problems.append(Problem(f"{name}.lora", str(error), "Use some of these."))
     window = attention_window(lm.config)
-    shares = config.user.share_prefix and bool(needs_of(config.evaluation.methods).adapter_sets)
-    if shares and window is not None and config.base.max_length > window:
-        wrong = f"cannot be kept: the base's attention looks back {window} tokens, base.max_length is"
-        mend = f"Set `user.share_prefix: false`, or base.max_length to at most {window}."
-        problems.append(Problem("user.share_prefix", f"{wrong} {config.base.max_length}", mend))
+    needs = needs_of(config.evaluation.methods)
+    several_in_a_row = {
+        "population.packing": config.population.packing and needs.population,
+        "group.packing": config.group.packing and bool(needs.presets),
+        "user.share_prefix": config.user.share_prefix and bool(needs.adapter_sets),
+    }
+    for key in (key for key, asked in several_in_a_row.items() if asked):
+        if window is not None and config.base.max_length > window:
+            wrong = f"cannot be kept: the base's attention looks back {window} tokens, base.max_length is"
+            mend = f"Set `{key}: false`, or base.max_length to at most {window}."
+            problems.append(Problem(key, f"{wrong} {config.base.max_length}", mend))
     if problems:
         raise ConfigError(f"base {config.base.model or 'created here'}", problems)
     return lm
@@ -212,6 +220,12 @@ def _adapter_lines(config: RunConfig, lm: Any, manifest: Manifest) -> list[str]:
             f"user         LoRA of {user.num_parameters:,} numbers, {_size(each)} each in {config.store.dtype};"
             f" {upto}{count:,} users x {len(needs.adapter_sets)} sets = {_size(each * count * len(needs.adapter_sets))}"
         )
+        if needs.joints:
+            sampled = min(count, config.joint.max_users or count)
+            held = _size(sampled * user.num_parameters * ROW_BYTES)
+            lines.append(
+                f"joint        up to {sampled:,} of these users trained on, {held} of host memory over all ranks"
+            )
     return lines
 
 

@@ -14,6 +14,7 @@ import torch
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import tokenize
+from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.erasure.forget import check_nothing_pending
 from proper_ds.errors import UserError
 from proper_ds.files import write_json_atomic
@@ -37,7 +38,8 @@ from proper_ds.store.files import open_files
 from proper_ds.training.context import RunContext, base_dtype
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
-from proper_ds.training.selection import users_with_queries
+from proper_ds.training.rank_stage import CHECKPOINT
+from proper_ds.training.selection import num_tokens, users_with_queries
 from proper_ds.training.set_plan import ensure_plan, users_to_train
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ class Run:
             newest = open_store(place.path).last_version() if stage.is_update else 0
             about = about | {"version": max(newest, begun) + 1}
         was_moved = place.begin(stage.fingerprint, about, stage.is_update)
-        if stage.step == "user":
+        if stage.name.startswith("store/"):
             point_to(place.path, self.config.store.location)
         return was_moved
 
@@ -219,8 +221,22 @@ class Run:
 
     def _ranks(self, stages: list[Stage]) -> None:
         options = {"stages": [[s.name, s.fingerprint, s.settings, s.made_from] for s in stages]}
+        entry = "proper_ds.training.rank_jobs:run_stages"
+
+        def progress() -> str:
+            return self._rank_progress(stages)
+
         with follow_metrics(self.folder.metrics, self.view):
-            run_gang("proper_ds.training.rank_jobs:run_stages", self.config, options, stages[0].step, self.cluster())
+            run_gang(entry, self.config, options, stages[0].step, self.cluster(), progress)
+
+    def _rank_progress(self, stages: list[Stage]) -> str:
+        """What ranks would go on from: the first stage that is not done, and its newest checkpoint."""
+        for number, stage in enumerate(stages):
+            if not self._is_done(stage):
+                found = Checkpoints(self.folder.stage(stage.name).path / CHECKPOINT, stage.fingerprint, 1)
+                step = found.newest_step()
+                return f"step {step} of {stage.name}" if step else (stage.name if number else "")
+        return "the end"
 
     def _features(self, stages: list[Stage]) -> None:
         folder = self.folder.stage("features").path
@@ -269,11 +285,10 @@ class Run:
 
     def _units(self, mask: np.ndarray, part: str = "", empty_too: bool = False) -> list[Unit]:
         """Units of the masked users by their tokens; at least one token a user where those without count too."""
-        tokens = self.context.tokens
-        cost = np.bincount(tokens.column("user"), weights=tokens.column("num_tokens"), minlength=tokens.num_users)
+        cost = num_tokens(self.context.tokens)
         if empty_too:
             cost = np.maximum(cost, 1)
-        return plan_units((cost * mask).astype(np.int64), self.config.fleet.num_tokens_per_unit, part)
+        return plan_units(cost * mask, self.config.fleet.num_tokens_per_unit, part)
 
     def _fleet(
         self,

@@ -17,7 +17,7 @@ from proper_ds.distributed.ds_config import read_ds_file
 from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
-from proper_ds.model.presets import PRESETS
+from proper_ds.model.presets import preset_of
 from proper_ds.pipeline.kept import KEPT_STEPS, Kept
 from proper_ds.run_folder import RunFolder
 
@@ -30,8 +30,20 @@ Where = Literal["driver", "ranks", "fleet"]
 STEPS = ("prepare", "base", "tokens", "population", "features", "group", "user", "router", "evaluate", "report")
 """What people call the stages; some stand for several folders."""
 
-_ENCODER_ONLY = {
+RUN_ONLY = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "packing",
+    "gradient_checkpointing",
+    "max_damaged_share",
+)
+"""Settings of rank stages that say how they run, not what is learned."""
+_PROPER_ONLY = {
     "users",
+    "top_k",
+    "num_blocks",
+    "user_vector",
     "constraint_weight",
     "balance_weight",
     "user_vector_size",
@@ -95,7 +107,7 @@ class StageList:
             self._add(
                 "population", "population", "ranks", self._rank_settings("population"), ["tokens"], self._origin()
             )
-        if any(PRESETS[preset].user_vector == "encoder" for preset in needs.presets):
+        if any(preset_of(preset, config.group.user_vector).user_vector == "encoder" for preset in needs.presets):
             dtype = {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
             data = ["tokens"] if self._kept.data_changed else []
             self._add("features", "features", "fleet", dtype, ["population", *data])
@@ -106,6 +118,9 @@ class StageList:
         for preset in needs.routers:
             before = [f"group/{preset}", f"store/{preset}"]
             self._add(f"router/{preset}", "router", "ranks", self._rank_settings("router"), before)
+        for preset in needs.joints:
+            settings = self._rank_settings("joint") | {"stored_as": config.store.dtype}
+            self._add(f"store/{preset}-joint", "router", "ranks", settings, [f"group/{preset}", f"store/{preset}"])
         self._add_evaluation()
         self._kept.settle()
 
@@ -180,12 +195,14 @@ class StageList:
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
         found = _dump(getattr(config, section))
-        for without_effect in ("logging_steps", "save_steps", "gradient_checkpointing"):
-            found.pop(without_effect)
+        # where a global batch is given, how it is dealt to ranks is rounding
+        dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
+        for without_effect in (*RUN_ONLY, *idle):
+            found.pop(without_effect, None)
         return found | {
             "seed": config.seed,
             "dtype": config.base.dtype,
-            "num_ranks": config.distributed.num_ranks,
             "optimizer": read_ds_file(config.distributed.deepspeed).get("optimizer"),
             "train_split": config.data.train_split,
         }
@@ -201,11 +218,11 @@ class StageList:
 
     def _add_group(self, preset: str) -> None:
         settings = self._rank_settings("group")
-        before = ["population"]
-        if PRESETS[preset].user_vector == "encoder":
+        before, chosen = ["population"], preset_of(preset, self._config.group.user_vector)
+        if chosen.user_vector == "encoder":
             before.append("features")
-        else:
-            settings = {key: value for key, value in settings.items() if key not in _ENCODER_ONLY}
+        if chosen.gate == "double_softmax":
+            settings = {key: value for key, value in settings.items() if key not in _PROPER_ONLY}
         self._add(f"group/{preset}", "group", "ranks", settings, before)
 
     def _add_store(self, adapter_set: str) -> None:
@@ -251,6 +268,7 @@ class StageList:
             before += [f"group/{method.preset}"] if method.preset else []
             before += [f"store/{method.adapter_set}"] if method.adapter_set else []
             before += [f"router/{method.preset}"] if method.user_lora and method.gates == "lora" else []
+            before += [f"store/{method.joint_set}"] if method.joint_set else []
         before = list(dict.fromkeys(before))
         self._add("predictions", "evaluate", "fleet", settings, before)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}

@@ -200,6 +200,12 @@ class Index:
         found: list[str] = pc.unique(column).to_pylist()
         return found
 
+    def has_many(self, users: pa.LargeStringArray) -> np.ndarray:
+        """Mask over the given keys: whose adapter is stored; a few columns' work however many there are."""
+        stored = self._columns["user"].filter(pa.array(self.is_status(STORED)))
+        found: np.ndarray = pc.is_in(users, value_set=stored).to_numpy(zero_copy_only=False)
+        return found
+
     def failures(self) -> dict[str, str]:
         """Reasons by user for those who have no adapter because training failed."""
         found = {}

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 
 from proper_ds.errors import StoreError
@@ -140,6 +142,10 @@ class AdapterStore:
         """Whether a user's adapter is stored."""
         row = self._index.current_row(user)
         return row is not None and bool(self._index.is_status(STORED)[row])
+
+    def has_many(self, users: pa.LargeStringArray) -> np.ndarray:
+        """Mask over the keys: those whose adapter is stored; for a million of them at once."""
+        return self._index.has_many(users)
 
     @property
     def layout(self) -> LoraLayout:

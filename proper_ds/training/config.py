@@ -48,14 +48,30 @@ class RankTraining(OptimSettings):
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1)
+    """Examples of one optimizer step over all ranks, whatever their number; ranks then accumulate as often as it takes.
+    By default the product of the two above and `distributed.num_ranks`."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and run the layer again in the backward pass: less memory, a third more work."""
     max_steps: int | None = Field(default=None, ge=1)
     """Exactly so many optimizer steps instead of `num_train_epochs`, going round the data as often as needed."""
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=100, ge=1)
+    """A checkpoint every so many optimizer steps: what the loss of a rank can cost."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Keep so many checkpoints, the newest; a damaged one is passed over for the one before it."""
     train_on: list[Examples] = ["history", "queries"]
     """`history`: items of the users' histories; `queries`: questions with their answers."""
+
+    def global_batch_size(self, num_ranks: int) -> int:
+        """Examples of one optimizer step over all ranks."""
+        if self.train_batch_size is not None:
+            return self.train_batch_size
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_ranks
+
+    def num_micro_batches(self, num_ranks: int) -> int:
+        """Micro-batches that each rank runs in one optimizer step."""
+        return -(-self.global_batch_size(num_ranks) // (num_ranks * self.per_device_train_batch_size))
 
     @field_validator("train_on")
     @classmethod
@@ -68,6 +84,9 @@ class RankTraining(OptimSettings):
 class PopulationConfig(RankTraining):
     """Stage 1: one LoRA over everybody's data (PROPER, section 3.2; released code: attention, r 8, alpha 16)."""
 
+    packing: bool = False
+    """Fill the room that a micro-batch's longest example leaves with shorter ones, which do not see each other: the
+    same result but for rounding. For bases that take 4-D masks, and whose window is not shorter than an example."""
     lora: LoraSettings = LoraSettings(r=8, lora_alpha=16, target_modules=ATTENTION)
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -77,17 +96,27 @@ class GroupConfig(RankTraining):
     """Stage 2: a mixture of LoRA experts with a user-aware router (PROPER, section 3.3)."""
 
     lora: LoraSettings = LoraSettings()
+    packing: bool = False
+    """As `population.packing`."""
     num_experts: int = Field(default=5, ge=2)
+    top_k: int | None = Field(default=None, ge=1)
+    """`proper` only: experts of a token; None: all of them, as PROPER has it. For hundreds of groups and more."""
+    num_blocks: int | None = Field(default=None, ge=2)
+    """`proper` only: cut the experts into so many blocks and give each user one, by likeness of histories. With expert
+    parallelism a user's examples go to the rank that owns the block, and no token crosses ranks."""
+    user_vector: Literal["encoder", "table"] = "encoder"
+    """`proper` only: made from the user's history, also for users never seen; or a learned row per user."""
     users: Users = "train"
-    """Whose examples teach the experts in `proper`. `proper-released` has a row per user, so it uses all users."""
+    """Whose examples teach the experts in `proper`. With a row per user (`user_vector: table`, `proper-released`) it is
+    all users."""
     constraint_weight: float = Field(default=0.01, ge=0)
     """`proper` only: weight of the constraint that makes each user's mean gate one-hot."""
     balance_weight: float = Field(default=0.01, ge=0)
     """`proper` only: weight of the term that keeps users from all choosing one expert."""
     user_vector_size: int = Field(default=32, ge=1)
-    """`proper` only: width of the user vector that the history encoder makes."""
+    """`proper` only: width of the user vector."""
     history_dropout: float = Field(default=0.8, ge=0, lt=1)
-    """`proper` only: a training row's user vector forgets a random share, up to this, of the user's history."""
+    """`proper` with the encoder: a training row's user vector forgets a random share, up to this, of the history."""
     generic_user_probability: float = Field(default=0.05, ge=0, lt=1)
     """`proper` only: how often a training row forgets its user, so that the generic user is learned too."""
 
@@ -146,3 +175,17 @@ class RouterConfig(RankTraining):
     """Whose examples and adapters teach the router."""
     max_users: int | None = Field(default=None, ge=1)
     """Learn from a sample of so many users."""
+    max_damaged_share: float = Field(default=0.01, ge=0, le=1)
+    """Users whose stored adapter cannot be read are left out, with a warning; with more of them the run ends."""
+
+
+class JointConfig(RouterConfig):
+    """Stages 3.1 and 3.2 together, from 3.1's adapters: a LoRA-aware router and the sampled users' adapters."""
+
+    train_on: list[Examples] = ["history", "queries"]
+    users: Users = "all"
+    max_users: int | None = Field(default=1000, ge=1)
+    """A sample of so many users is trained on; ranks share their adapters and moments, 12 bytes a number, in host
+    memory. All others keep 3.1's adapter."""
+    user_learning_rate: float = Field(default=2e-4, gt=0)
+    """Of the users' adapters; it follows the same schedule. AdamW's other numbers, and `max_grad_norm`, are shared."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -80,6 +81,11 @@ class RunContext:
     def keys(self) -> list[str]:
         """User keys by index."""
         return self.prepared.keys()
+
+    @cached_property
+    def key_column(self) -> pa.LargeStringArray:
+        """User keys by index, for stages that ask for few of them."""
+        return self.prepared.key_column()
 
     @cached_property
     def tokens(self) -> TokenData:

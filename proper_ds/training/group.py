@@ -3,119 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
 
 from proper_ds.data.batches import Step
-from proper_ds.data.tokens import HISTORY, Example
-from proper_ds.files import seed_of
+from proper_ds.data.indices import Indices
+from proper_ds.distributed.apart import AdamSettings, Apart
+from proper_ds.distributed.ds_config import offloads_optimizer
+from proper_ds.distributed.expert_optim import ExpertAdamW
+from proper_ds.distributed.expert_parallel import ExpertGroups, TokenExchange, largest_size
+from proper_ds.distributed.ranks import Ranks
+from proper_ds.distributed.recent_shares import RecentShares
+from proper_ds.distributed.sharded_base import gathering
+from proper_ds.distributed.user_table import ShardedTable
+from proper_ds.errors import UserError
+from proper_ds.files import atomic_path, seed_of
 from proper_ds.model.adapted import PersonalModel
-from proper_ds.model.base import find_targets
-from proper_ds.model.groups import GroupLevel
+from proper_ds.model.base import check_masks, find_targets
+from proper_ds.model.expert_files import EXPERTS, MAX_WRITTEN, write_experts
+from proper_ds.model.groups import GroupLevel, GroupSizes, save_level
 from proper_ds.model.lora import LoraLayout
-from proper_ds.model.presets import PRESETS
-from proper_ds.model.routing import constraint, entropy, imbalance, mean_gates
-from proper_ds.model.user_vectors import pooled
+from proper_ds.model.presets import Preset, preset_of
+from proper_ds.model.user_vectors import UserTable, fit_blocks, pooled
+from proper_ds.observe.log import get_logger
+from proper_ds.observe.metrics import MetricsFile
 from proper_ds.training.config import GroupConfig
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
-from proper_ds.training.rank_batch import RankBatch, dropout_keys, example_seed, numbers_of, rank_batch
+from proper_ds.training.gate_log import GateLog
+from proper_ds.training.group_inputs import GroupInputs
+from proper_ds.training.group_module import GroupModule
+from proper_ds.training.rank_batch import RankBatch, dropout_keys, rank_batch
 from proper_ds.training.rank_stage import RankStage
-from proper_ds.training.selection import num_history, table_line, training_examples, training_users
+from proper_ds.training.selection import num_history, training_examples, training_users
 
 Tensor = torch.Tensor
 
-
-class GroupModule(nn.Module):
-    """The merged base with trained experts and routers.
-
-    Loss: mean cross-entropy per target token, plus PROPER's constraint and, in preset `proper`, a balance term.
-    """
-
-    def __init__(
-        self, model: PersonalModel, level: GroupLevel, dropout: float, constraint_weight: float, balance_weight: float
-    ) -> None:
-        super().__init__()
-        self.level = level
-        self.model = model
-        self._constraint_weight, self._balance_weight = constraint_weight, balance_weight
-        model.attach_groups(level.by_module(), dropout)
-
-    def forward(self, inputs: RankBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, numbers to log)."""
-        batch, rows = inputs.batch, inputs.rows
-        if self.level.encoder is not None:
-            rows.user_RU = self.level.encoder(inputs.features_RF, inputs.known_R)
-        rows.gates = []
-        self.model.set_rows(rows)
-        losses_K = self.model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
-        ce = losses_K.sum() * inputs.weight
-        gates = [gates_RTN.float() for _, gates_RTN in rows.gates]
-        mask_RT = batch.mask_RT
-        weight_R = torch.full_like(batch.length_R, 1, dtype=torch.float32) * inputs.weight
-        means = [mean_gates(gates_RTN, mask_RT) for gates_RTN in gates]
-        constrained_R = torch.stack([constraint(mean_RN) for mean_RN in means]).mean(0) * weight_R
-        loss = ce / inputs.num_targets
-        if self.level.preset.constraint_gradient:
-            uneven = torch.stack([imbalance(mean_RN, weight_R) for mean_RN in means]).mean() * inputs.weight
-            loss = loss + self._constraint_weight * constrained_R.sum() / inputs.num_rows
-            loss = loss + self._balance_weight * uneven / inputs.num_parts
-        else:  # released: the constraint is a constant in the loss, with weight 1
-            loss = loss + (constrained_R.sum() / inputs.num_rows).detach()
-        spread_RT = torch.stack([entropy(gates_RTN) for gates_RTN in gates]).mean(0)
-        spread_R = mean_gates(spread_RT.unsqueeze(-1), mask_RT).squeeze(-1) * weight_R
-        share_N = (torch.stack(means).mean(0) * weight_R.unsqueeze(-1)).sum(0)
-        shares = {f"expert_{n}": share for n, share in enumerate(share_N)}
-        tokens = batch.length_R.sum() * inputs.weight
-        about = numbers_of(ce=ce, tokens=tokens, constraint=constrained_R.sum(), gate_entropy=spread_R.sum(), **shares)
-        return loss, about
-
-
-class GroupInputs:
-    """Gives batches the rows' user features and table lines; shared by the group and router stages."""
-
-    def __init__(
-        self, context: RunContext, level: GroupLevel, seed: int, forget: float = 0.0, history_dropout: float = 0.0
-    ) -> None:
-        """`forget` and `history_dropout` are augmentations of the group stage; see GroupConfig."""
-        self._device = context.device
-        self._forget, self._history_dropout, self._seed = forget, history_dropout, seed
-        self._history, self._num_lines = num_history(context.tokens), level.sizes["num_users"]
-        folder = context.folder.stage("features").path
-        self.features = FeatureData(folder) if level.encoder is not None else None
-
-    def fill(self, made: RankBatch, number: int) -> None:
-        """Add to a batch what the routers need.
-
-        A row that trains on an item of its user's history gets a user vector made without that item.
-        """
-        lines = [table_line(e.user, self._history[e.user], self._num_lines) for e in made.examples]
-        made.rows.table_R = torch.tensor(lines, device=self._device)
-        if self.features is None:
-            return
-        found = [self._mean(self.features, example, number) for example in made.examples]
-        known = [count > 0 and not self._forgets(number, e) for (_, count), e in zip(found, made.examples, strict=True)]
-        made.features_RF = torch.stack([pooled_F for pooled_F, _ in found]).to(self._device)
-        made.known_R = torch.tensor(known, device=self._device)
-
-    def _forgets(self, number: int, example: Example) -> bool:
-        if not self._forget:
-            return False
-        return example_seed(self._seed, "forget", number, example) < self._forget * (1 << 63)
-
-    def _mean(self, features: FeatureData, example: Example, number: int) -> tuple[Tensor, int]:
-        """(pooled features [F] of the user without this very item, number of items in them)."""
-        items_IF = features.items(example.user)
-        keep = np.ones(len(items_IF), dtype=bool)
-        if self._history_dropout:
-            generator = np.random.default_rng(example_seed(self._seed, "history", number, example))
-            keep = generator.random(len(items_IF)) >= generator.uniform(0, self._history_dropout)
-        if example.kind == HISTORY:
-            keep[example.position] = False
-        kept = torch.from_numpy(keep)
-        return pooled(items_IF[kept].sum(0), int(keep.sum())), int(keep.sum())
+MAX_CLUSTERED = 16_384
+"""Blocks are made from the histories of so many users at most."""
 
 
 class GroupStage(RankStage):
@@ -123,41 +51,98 @@ class GroupStage(RankStage):
 
     section = "group"
 
-    def __init__(self, context: RunContext, preset: str) -> None:
+    def __init__(self, context: RunContext, preset: str, ranks: Ranks) -> None:
+        """A collective of all ranks."""
         super().__init__(context)
-        self.name = f"group/{preset}"
+        self.name, self._ranks = f"group/{preset}", ranks
         self._seed = seed_of(context.config.seed, self.name)
         lm = self.load_lm(with_population=True)
+        if self.settings.packing:
+            with gathering(lm):
+                check_masks(lm, "group.packing")
         settings = self.settings
         targets = find_targets(lm, settings.lora.target_modules, settings.lora.layers)
         layout = LoraLayout.of(targets, settings.lora)
-        chosen = PRESETS[preset]
-        features = FeatureData(context.folder.stage("features").path) if chosen.user_vector == "encoder" else None
-        self._level = GroupLevel(
-            layout,
-            chosen,
-            settings.num_experts,
-            self._seed,
-            feature_size=features.feature_size if features is not None else 0,
-            user_vector_size=settings.user_vector_size if features is not None else 0,
-            num_users=context.tokens.num_users if features is None else 0,
+        chosen = preset_of(preset, settings.user_vector)
+        self._groups = ExpertGroups.make(
+            ranks, largest_size(context.config.distributed.expert_parallel_size, ranks.num_ranks)
         )
+        features = FeatureData(context.folder.stage("features").path) if chosen.user_vector == "encoder" else None
+        sizes = group_sizes(settings, chosen, features, context.tokens.num_users)
+        held = self._groups.share(sizes.num_experts)
+        self._level = GroupLevel(layout, chosen, sizes, self._seed, held=held, with_table=False)
         self._users = self._chosen_users(chosen.user_vector == "table")
         if features is not None and self._level.encoder is not None:
             mean_F, std_F = features.mean_and_std(self._users)
             self._level.encoder.mean.copy_(mean_F)
             self._level.encoder.std.copy_(std_F)
+            if sizes.num_blocks is not None:
+                self._level.encoder.centroids.copy_(self._centroids(features, sizes.num_blocks))
         self._buffers = {name: value.clone() for name, value in self._level.named_buffers()}
+        self._level.to(context.device)
         self._inputs = GroupInputs(
             context, self._level, self._seed, settings.generic_user_probability, settings.history_dropout
         )
+        crosses = self._groups.size > 1 and sizes.num_blocks is None
+        self._shares = RecentShares(len(layout.modules), sizes.num_experts, ranks)
+        self._table: ShardedTable | None = None
         self.module = GroupModule(
             PersonalModel(lm, targets),
             self._level,
             settings.lora.lora_dropout,
             settings.constraint_weight,
             settings.balance_weight,
+            table=self._look_up,
+            exchange=TokenExchange(self._groups) if crosses else None,
+            shares=self._shares,
         )
+        self._gates = GateLog(self.name, self.section, self._level)
+        self.module.stats = self._gates.stats
+
+    def about(self) -> dict[str, Any]:
+        """See RankStage."""
+        return {"expert_parallel_size": self._groups.size}
+
+    def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
+        """See RankStage."""
+        seed = seed_of(self._seed, "user table")
+        found, self._table = group_apart(self._level, self._groups, ds_config, seed)
+        return [self._shares, *found]
+
+    def _look_up(self, line_R: Tensor) -> Tensor:
+        assert self._table is not None, "the table is made with the engine"
+        return self._table(line_R)
+
+    @property
+    def num_owners(self) -> int:  # type: ignore[override]
+        """See RankStage: with blocks, examples go to the ranks that hold their users' experts."""
+        return 1 if self._level.sizes.num_blocks is None else self._groups.size
+
+    def owner_of(self, indices: np.ndarray) -> np.ndarray:
+        """See RankStage."""
+        num_blocks = self._level.sizes.num_blocks
+        assert num_blocks is not None
+        users = self.context.tokens.users_of(indices).tolist()
+        found: np.ndarray = self._inputs.blocks(users).numpy() * self._groups.size // num_blocks
+        return found
+
+    def _centroids(self, features: FeatureData, num_blocks: int) -> Tensor:
+        """Made by the first rank, read by the others, so that all have the same bits."""
+        path = self.context.folder.stage(self.name).path / "blocks.safetensors"
+        encoder = self._level.encoder
+        assert encoder is not None
+        if self._ranks.is_first:
+            users = np.flatnonzero(self._users & (num_history(self.context.tokens) > 0))
+            users = np.random.default_rng(self._seed).permutation(users)[:MAX_CLUSTERED]
+            pooled_UF = torch.stack([pooled(*features.user(int(user))) for user in users])
+            try:
+                centroids_BF = fit_blocks(encoder.normal(pooled_UF), num_blocks, self._seed)
+            except ValueError as error:
+                raise UserError(f"group.num_blocks: {error}; lower it") from None
+            with atomic_path(path) as temporary:
+                save_file({"centroids": centroids_BF.contiguous()}, temporary)
+        self._ranks.barrier()
+        return load_file(path)["centroids"]
 
     def _chosen_users(self, has_table: bool) -> np.ndarray:
         tokens, split = self.context.tokens, self.context.config.data.train_split
@@ -170,26 +155,79 @@ class GroupStage(RankStage):
         """See RankStage."""
         return self.context.config.group
 
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """See RankStage."""
         split = self.context.config.data.train_split
         return training_examples(self.context.tokens, self.settings.train_on, self._users, split, self.section)
 
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """See RankStage."""
-        made = rank_batch(self.context.tokens, indices, step, self.context.device)
+        packing = self.settings.packing
+        made = rank_batch(self.context.tokens, indices, step, self.context.device, packing=packing)
         self._inputs.fill(made, number)
         if self.settings.lora.lora_dropout:
-            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+            made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
+
+    def log_more(self, ranks: Ranks) -> dict[str, Any]:
+        """See RankStage."""
+        return self._gates.numbers(ranks)
 
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
         """See RankStage."""
-        level = GroupLevel(
-            self._level.layout, self._level.preset, self._level.num_experts, self._seed, **self._level.sizes
-        )
-        values = {name.removeprefix("level."): value for name, value in weights.items()} | self._buffers
-        level.load_state_dict(values)
-        known = np.flatnonzero(num_history(self.context.tokens) > 0)
-        level.set_unknown_user(torch.from_numpy(known) + 1)
-        level.save(folder / "level.safetensors")
+        tensors = weights | self._buffers
+        if self._level.encoder is None:
+            table = UserTable(*tensors["user_table.weight"].shape)
+            table.weight.data.copy_(tensors["user_table.weight"])
+            known = torch.from_numpy(np.flatnonzero(num_history(self.context.tokens) > 0))
+            if self._level.preset.gate == "double_softmax":  # `proper` trains the unknown user's line
+                table.set_unknown_user(known + 1)
+            tensors["user_table.weight"] = table.weight.detach()
+        save_level(folder / "level.safetensors", tensors, self._level.description())
+        level = GroupLevel.load(folder / "level.safetensors")
+        self._write_experts(level, folder / EXPERTS)
+        self._gates.finish(MetricsFile(self.context.folder.metrics), level.expert_weights())
+
+    def _write_experts(self, level: GroupLevel, folder: Path) -> None:
+        """PEFT directories of the experts, unless there are too many for files of their own."""
+        if level.num_experts > MAX_WRITTEN:
+            how = "`proper-ds experts` writes them as PEFT directories"
+            get_logger().info("%s: %d experts are kept in one file; %s", self.name, level.num_experts, how)
+            return
+        base = self.context.config.base
+        idle = write_experts(level, folder, range(level.num_experts), self.context.base_name, base.revision)
+        if idle:
+            numbers = ", ".join(map(str, idle))
+            get_logger().warning("%s: experts %s have no effect, so no directory is written", self.name, numbers)
+
+
+def group_apart(
+    level: GroupLevel, groups: ExpertGroups, ds_config: dict[str, Any], seed: int
+) -> tuple[list[Apart], ShardedTable | None]:
+    """What trains a group level's experts and its user table, where the preset has one, beside DeepSpeed.
+
+    Args:
+        level: made with `with_table=False`, on its device.
+        seed: of the table's initial lines.
+    """
+    settings, ranks = AdamSettings.of(ds_config), groups.ranks
+    experts = {f"experts.{name}": held for name, held in level.experts.items()}
+    states = torch.device("cpu") if offloads_optimizer(ds_config) else ranks.device
+    found: list[Apart] = [ExpertAdamW(experts, level.num_experts, groups, settings, states)]  # type: ignore[arg-type]
+    if level.encoder is not None:
+        return found, None
+    table = ShardedTable(1 + level.sizes.num_users, level.table_width, seed, ranks, settings)
+    return [*found, table], table
+
+
+def group_sizes(settings: GroupConfig, preset: Preset, features: FeatureData | None, num_users: int) -> GroupSizes:
+    """The sizes of a group level; `proper-released` has all its experts for every token and user."""
+    summed = preset.gate == "summed"
+    return GroupSizes(
+        num_experts=settings.num_experts,
+        top_k=settings.top_k if summed else None,
+        num_blocks=settings.num_blocks if summed else None,
+        feature_size=features.feature_size if features is not None else 0,
+        user_vector_size=settings.user_vector_size if summed else 0,
+        num_users=num_users if features is None else 0,
+    )

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from proper_ds.data.batches import Step
+from proper_ds.data.indices import Indices
 from proper_ds.distributed.ranks import Ranks
+from proper_ds.distributed.sharded_base import gathering
 from proper_ds.errors import AdapterError
 from proper_ds.files import seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.adapter_file import peft_config, save_peft
-from proper_ds.model.base import find_targets
+from proper_ds.model.base import check_masks, find_targets
 from proper_ds.model.lora import LoraLayout, SharedLora
 from proper_ds.model.routing import Rows
 from proper_ds.training.config import PopulationConfig
@@ -45,7 +47,9 @@ class PopulationModule(nn.Module):
         """(loss, numbers to log)."""
         self.model.set_rows(inputs.rows)
         batch = inputs.batch
-        losses_K = self.model.target_losses(batch.ids_RT, batch.row_K, batch.position_K, batch.target_K)
+        losses_K = self.model.target_losses(
+            batch.ids_RT, batch.row_K, batch.position_K, batch.target_K, batch.place_RT, batch.text_RT
+        )
         ce = losses_K.sum() * inputs.weight
         return ce / inputs.num_targets, numbers_of(ce=ce, tokens=batch.length_R.sum() * inputs.weight)
 
@@ -73,6 +77,9 @@ class PopulationStage(RankStage):
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)
         lm = self.load_lm(with_population=False)
+        if self.settings.packing:
+            with gathering(lm):
+                check_masks(lm, "population.packing")
         lora = self.settings.lora
         targets = find_targets(lm, lora.target_modules, lora.layers)
         self._layout = LoraLayout.of(targets, lora)
@@ -86,16 +93,17 @@ class PopulationStage(RankStage):
         """See RankStage."""
         return self.context.config.population
 
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """See RankStage."""
         tokens, split = self.context.tokens, self.context.config.data.train_split
         return training_examples(tokens, self.settings.train_on, training_users(tokens, split), split, self.section)
 
     def batch(self, indices: np.ndarray, step: Step, number: int) -> RankBatch:
         """See RankStage."""
-        made = rank_batch(self.context.tokens, indices, step, self.context.device)
+        packing = self.settings.packing
+        made = rank_batch(self.context.tokens, indices, step, self.context.device, packing=packing)
         if self.settings.lora.lora_dropout:
-            made.rows.key_R = dropout_keys(self._seed, number, made.examples, self.context.device)
+            made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
 
     def check_result(self, batch: RankBatch, ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from proper_ds.distributed.ranks import Ranks
 from proper_ds.observe.log import get_logger
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupStage
+from proper_ds.training.joint import JointStage
 from proper_ds.training.population import PopulationStage
 from proper_ds.training.rank_stage import CHECKPOINT, RankStage, run_rank_stage
 from proper_ds.training.router import RouterStage
@@ -18,23 +19,30 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 
-def make_stage(name: str, context: RunContext) -> RankStage:
-    """The stage called `population`, `group/<preset>` or `router/<preset>`."""
+def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
+    """The stage called `population`, `group/<preset>`, `router/<preset>` or `store/<preset>-joint`."""
     kind, _, preset = name.partition("/")
     if kind == "population":
         return PopulationStage(context)
-    return GroupStage(context, preset) if kind == "group" else RouterStage(context, preset)
+    if kind == "store":
+        return JointStage(context, preset.removesuffix("-joint"), ranks)
+    return GroupStage(context, preset, ranks) if kind == "group" else RouterStage(context, preset, ranks)
 
 
 def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:
-    """Run each [name, fingerprint, settings, made_from] and commit it; a collective."""
+    """Run each [name, fingerprint, settings, made_from] and commit it; a collective.
+
+    Those that this gang committed before it lost a rank are left out.
+    """
     context = RunContext(config, ranks.device)
     for name, fingerprint, settings, made_from in stages:
+        place = context.folder.stage(name)
+        if ranks.gather([int(place.is_done(fingerprint))])[0][0]:
+            continue
         start_s = time.perf_counter()
-        run_rank_stage(make_stage(name, context), ranks, fingerprint)
+        run_rank_stage(make_stage(name, context, ranks), ranks, fingerprint)
         get_logger().info("%s: done in %.1f s", name, time.perf_counter() - start_s)
         if ranks.is_first:
-            place = context.folder.stage(name)
             place.commit(fingerprint, settings, time.perf_counter() - start_s, made_from)
             shutil.rmtree(place.path / CHECKPOINT, ignore_errors=True)  # after the commit: a kill between costs nothing
         ranks.barrier()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from proper_ds.data.batches import Step, StepPlan
+from proper_ds.data.indices import Indices
+from proper_ds.distributed.apart import Apart
 from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.distributed.engine import RankEngine
@@ -34,6 +37,8 @@ Tensor = torch.Tensor
 
 CHECKPOINT = "checkpoint"
 """A stage's folder of checkpoints, removed once its result is committed."""
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""What a DeepSpeed file may say of batches."""
 
 
 class RankStage(ABC):
@@ -43,7 +48,10 @@ class RankStage(ABC):
         name: the stage's folder below the run, as `group/proper`; also its name in metrics.
         section: its section in the configuration.
         module: maps a RankBatch to (loss, numbers to log).
+        num_owners: examples of owner o go to ranks r with `r % num_owners == o`; 1 where any rank may see any.
     """
+
+    num_owners = 1
 
     name: str
     section: str
@@ -59,24 +67,32 @@ class RankStage(ABC):
 
     def load_lm(self, with_population: bool) -> Any:
         """The frozen base: whole, or this rank's shards of it under ZeRO 3."""
-        ds_config = self.ds_config(torch.distributed.get_world_size())
+        num_ranks = torch.distributed.get_world_size()
+        ds_config = self.ds_config(num_ranks, self.settings.num_micro_batches(num_ranks))
         lm = self.context.load_lm(with_population, ds_config if zero_stage(ds_config) == 3 else None)
         if self.settings.gradient_checkpointing:
             checkpoint_layers(lm, holding)
         return lm
 
-    def ds_config(self, num_ranks: int) -> dict[str, Any]:
-        """The stage's DeepSpeed configuration. Raises ConfigError for what contradicts it on this device."""
-        config, device = self.context.config, self.context.device
+    def ds_config(self, num_ranks: int, accumulation: int) -> dict[str, Any]:
+        """The stage's DeepSpeed configuration for the ranks that are there.
+
+        Its batch sizes are of this gang: what the file says of them was checked against the configured ranks.
+
+        Raises:
+            ConfigError: for what contradicts the file on this device.
+        """
+        distributed, device = self.context.config.distributed, self.context.device
+        raw = read_ds_file(distributed.deepspeed) | dict.fromkeys(BATCH_KEYS, "auto")
+        settings = self.settings.model_copy(update={"gradient_accumulation_steps": accumulation})
         bf16 = self.context.dtype == torch.bfloat16
-        raw = read_ds_file(config.distributed.deepspeed)
-        resolved, problems = resolve_ds(raw, self.section, self.settings, num_ranks, bf16, self.context.hidden_size)
+        resolved, problems = resolve_ds(raw, self.section, settings, num_ranks, bf16, self.context.hidden_size)
         if problems:  # base.dtype `auto` is known only here
-            raise ConfigError(f"{config.distributed.deepspeed} on {device.type}", problems)
+            raise ConfigError(f"{distributed.deepspeed} on {device.type}", problems)
         return resolved
 
     @abstractmethod
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Indices:
         """The examples to learn from."""
 
     @abstractmethod
@@ -88,49 +104,110 @@ class RankStage(ABC):
 
     @abstractmethod
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """Write the result; called on the first rank only."""
+        """Write the result; called on the first rank only.
 
-    def before_start(self, metrics: MetricsFile) -> None:  # noqa: B027 - most stages have nothing to do here
-        """Called on the first rank before a fresh start."""
+        Args:
+            weights: of the engine by the module's names, and of what is trained apart by its own.
+        """
+
+    def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
+        """What is trained beside the engine, from the resolved DeepSpeed configuration."""
+        return []
+
+    def owner_of(self, indices: np.ndarray) -> np.ndarray:
+        """Of each example, which of `num_owners` must see it."""
+        raise AssertionError("stages with more than one owner say who it is")
+
+    def about(self) -> dict[str, Any]:
+        """How it is spread over the ranks, for checkpoints and metrics to tell."""
+        return {}
+
+    def before_start(self, engine: RankEngine, metrics: MetricsFile) -> None:  # noqa: B027 - most have nothing to do
+        """Called on all ranks before a fresh start, once the engine holds the module; a collective."""
+
+    def before_finish(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - most have nothing to do
+        """Called on all ranks with the last checkpoint, before the first one writes the result; a collective."""
+
+    def log_more(self, ranks: Ranks) -> dict[str, Any]:
+        """More for the line of metrics about to be written; a collective."""
+        return {}
 
 
 def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
-    """Train a stage to its end, from its last checkpoint where there is one; a collective of all ranks."""
-    plan = make_plan(stage, ranks.num_ranks)
+    """Train a stage to its end, from its newest checkpoint where there is one; a collective of all ranks.
+
+    The number of ranks may be another than the configured one, and another than the checkpoint's: the examples of an
+    optimizer step stay the same. Random states need no saving: the order of examples, dropout and augmentation are
+    functions of seed, step and example.
+    """
+    settings = stage.settings
     folder = stage.context.folder.stage(stage.name).path
-    checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint)
+    checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint, settings.save_total_limit)
     metrics = MetricsFile(stage.context.folder.metrics)
-    checkpoint = checkpoints.latest()
+    checkpoint = checkpoints.latest(ranks)
+    for damage in checkpoints.warnings:
+        warning = f"{damage}; the checkpoint before it is taken"
+        get_logger().warning("%s: %s", stage.name, warning)
+        metrics.log(stage.name, warning=warning)
+    train_batch_size = settings.global_batch_size(stage.context.config.distributed.num_ranks)
+    if checkpoint is not None:
+        train_batch_size = checkpoint.about["train_batch_size"]
+    plan = make_plan(stage, ranks.num_ranks, train_batch_size)
     if checkpoint is not None:
         load_trained(stage.module, checkpoint.tensors)
-        get_logger().info("%s: goes on after step %d of %d", stage.name, checkpoint.num_steps, plan.num_steps)
-    elif ranks.is_first:
-        stage.before_start(metrics)
-    engine = RankEngine(stage.module.to(ranks.device), stage.ds_config(ranks.num_ranks), ranks)
-    _train(stage, engine, plan, checkpoints, checkpoint, metrics)
-    stage.check_result(_any_batch(stage, plan, ranks), ranks)
-    weights = engine.weights()
+    ds_config = stage.ds_config(ranks.num_ranks, plan.accumulation)
+    engine = RankEngine(stage.module.to(ranks.device), ds_config, ranks, stage.apart(ds_config))
+    about = {"train_batch_size": train_batch_size, "num_ranks": ranks.num_ranks, "zero_stage": zero_stage(ds_config)}
+    about |= stage.about()
     if ranks.is_first:
-        stage.finish(weights, folder)
+        _say_where_it_begins(stage, plan, checkpoint, about, metrics)
+    if checkpoint is None:
+        stage.before_start(engine, metrics)
+    saving = _Saving(checkpoints, about)
+    _train(stage, engine, plan, saving, checkpoint, metrics)
+    if checkpoint is None or checkpoint.num_steps < plan.num_steps:
+        saving.save(plan.num_steps, engine)
+        checkpoint = checkpoints.latest(ranks)
+        if checkpoint is None or checkpoint.num_steps < plan.num_steps:
+            raise FleetError(f"{stage.name}: {'; '.join(checkpoints.warnings)}, just written; look at the storage")
+    assert checkpoint is not None
+    stage.check_result(_any_batch(stage, plan, ranks), ranks)
+    stage.before_finish(checkpoint)
+    ranks.barrier()
+    if ranks.is_first:  # the last checkpoint holds whole what the ranks have in parts
+        stage.finish(checkpoint.weights(), folder)
     ranks.barrier()
     engine.close()
 
 
-def make_plan(stage: RankStage, num_ranks: int) -> StepPlan:
-    """The stage's order of examples."""
-    tokens, settings, indices = stage.context.tokens, stage.settings, stage.indices()
-    lengths = tokens.column("num_tokens")[indices]
+def make_plan(stage: RankStage, num_ranks: int, train_batch_size: int) -> StepPlan:
+    """The stage's order of examples, `train_batch_size` of them in each step, dealt to so many ranks."""
+    settings = stage.settings
     return StepPlan(
-        indices,
-        lengths,
-        lengths - tokens.column("num_prompt")[indices],
+        stage.indices(),
         num_ranks=num_ranks,
-        per_rank=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
+        per_device=settings.per_device_train_batch_size,
+        train_batch_size=train_batch_size,
         num_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         seed=seed_of(stage.context.config.seed, stage.name),
+        owner_of=stage.owner_of if stage.num_owners > 1 else None,
+        num_owners=stage.num_owners,
     )
+
+
+def _say_where_it_begins(
+    stage: RankStage, plan: StepPlan, checkpoint: Checkpoint | None, about: dict[str, Any], metrics: MetricsFile
+) -> None:
+    """For the log and, by way of the metrics, for the driver's terminal."""
+    first = checkpoint.num_steps if checkpoint is not None else 0
+    metrics.log(stage.name, event="begins", from_step=first, num_steps=plan.num_steps, **about)
+    if checkpoint is None:
+        return
+    get_logger().info("%s: goes on after step %d of %d", stage.name, first, plan.num_steps)
+    before = {name: checkpoint.about.get(name) for name in about}
+    if before != about:
+        get_logger().info("%s: the checkpoint was written under %s, it goes on under %s", stage.name, before, about)
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -141,11 +218,23 @@ def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
                 parameter.copy_(tensors[f"weight/{name}"])
 
 
+@dataclass(frozen=True)
+class _Saving:
+    """Where checkpoints go, and what they say of how they were made."""
+
+    checkpoints: Checkpoints
+    about: dict[str, Any]
+
+    def save(self, num_steps: int, engine: RankEngine) -> None:
+        """A collective."""
+        self.checkpoints.save(num_steps, engine.state(), engine.shards(), self.about, engine.ranks)
+
+
 def _train(
     stage: RankStage,
     engine: RankEngine,
     plan: StepPlan,
-    checkpoints: Checkpoints,
+    saving: _Saving,
     checkpoint: Checkpoint | None,
     metrics: MetricsFile,
 ) -> None:
@@ -155,19 +244,15 @@ def _train(
     for number, step in enumerate(plan.steps(first), start=first):
         batches: list[RankBatch] = [stage.batch(parts[ranks.rank], step, number) for parts in step.micro]
         if checkpoint is not None:
-            engine.restore(checkpoint.tensors, checkpoint.num_steps, batches[0])
+            engine.restore(checkpoint, batches[0])
             checkpoint = None
         rate = learning_rate(settings, number, plan.num_steps)
         window.add(engine.step(batches, rate), step)
         done = number + 1
         if done % settings.logging_steps == 0 or done == plan.num_steps:
-            window.close(done, rate, ranks)
+            window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
-            state = engine.state()
-            if ranks.is_first:
-                checkpoints.save(done, state)
-    if checkpoint is not None:  # it was written after the last step, so there is nothing left to do but finish
-        engine.restore(checkpoint.tensors, checkpoint.num_steps, _any_batch(stage, plan, ranks))
+            saving.save(done, engine)
 
 
 def _any_batch(stage: RankStage, plan: StepPlan, ranks: Ranks) -> RankBatch:
@@ -191,7 +276,7 @@ class _Window:
         self._num_rows += step.num_rows
         self._num += 1
 
-    def close(self, done: int, rate: float, ranks: Ranks) -> None:
+    def close(self, done: int, rate: float, ranks: Ranks, more: dict[str, Any]) -> None:
         """Log the window's means; a collective. `ce` is per target token, the rest per row."""
         norm = self._sums.pop("grad_norm", 0.0) / self._num
         names = sorted(self._sums)
@@ -215,6 +300,7 @@ class _Window:
                 grad_norm=norm,
                 tokens_per_s=num_tokens / seconds,
                 **values,
+                **more,
             )
         self._sums, self._num_targets, self._num_rows, self._num = {}, 0, 0, 0
         self._start_s = time.perf_counter()

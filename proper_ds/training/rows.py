@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from proper_ds.data.batches import length_batches
+from proper_ds.data.batches import counts_up, length_batches
 from proper_ds.data.tokens import Example
+from proper_ds.model.masks import text_mask
 from proper_ds.model.places import Places
 
 Tensor = torch.Tensor
@@ -165,11 +166,7 @@ class Packed:
         """What is added to attention scores, [R, 1, T, T]: a token sees its prefix, and its own item up to itself."""
         if self.part_RT is None:
             return None
-        num = self.part_RT.shape[1]
-        key, query = self.part_RT[:, None, :], self.part_RT[:, :, None]
-        seen = ((key == PREFIX) | (key == query)) & torch.ones(num, num, dtype=torch.bool, device=key.device).tril()
-        hidden = torch.zeros(seen.shape, dtype=dtype, device=key.device).masked_fill_(~seen, torch.finfo(dtype).min)
-        return hidden.unsqueeze(1)
+        return text_mask(self.part_RT, dtype, shared=PREFIX)
 
 
 def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
@@ -189,7 +186,7 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
     row_n, part_n, column_n, position_n, prompt_n, targets_n = np.asarray(about, dtype=np.int64).T
     length_n = np.asarray([len(piece) for piece in pieces], dtype=np.int64)
     flat = np.concatenate(pieces)
-    within = _counts_up(length_n)
+    within = counts_up(length_n)
     row_at, column_at = np.repeat(row_n, length_n), np.repeat(column_n, length_n) + within
     shape = (len(rows), max(r.num_tokens for r in rows))
 
@@ -203,7 +200,7 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
 
     ids = spread(flat)
     target_row = np.repeat(row_n, targets_n)
-    target_column = np.repeat(column_n + prompt_n, targets_n) + _counts_up(targets_n)
+    target_column = np.repeat(column_n + prompt_n, targets_n) + counts_up(targets_n)
     targets_r = np.bincount(target_row, minlength=len(rows))
     masked = any(not r.is_plain for r in rows)
     return Packed(
@@ -212,15 +209,9 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> Packed:
         position_RT=tensor(spread(np.repeat(position_n, length_n) + within)) if masked else None,
         slot_R=tensor(np.asarray([r.slot for r in rows], dtype=np.int64)),
         places=Places(
-            tensor(target_row), tensor(target_column - 1), tensor(_counts_up(targets_r)), int(targets_r.max())
+            tensor(target_row), tensor(target_column - 1), tensor(counts_up(targets_r)), int(targets_r.max())
         ),
         target_K=tensor(ids[target_row, target_column]),
         row_N=tensor(row_at),
         column_N=tensor(column_at),
     )
-
-
-def _counts_up(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, .. for each of the lengths, one after the other."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)

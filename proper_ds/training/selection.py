@@ -1,4 +1,7 @@
-"""Which examples and users a stage learns from; pure functions of the tokenised data's columns."""
+"""Which examples and users a stage learns from; pure functions of the tokenised data's columns, read block by block.
+
+Masks and counts over users take some bytes a user; nothing takes bytes an example.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from proper_ds.data.indices import Indices
 from proper_ds.data.tokens import HISTORY, QUERY, TokenData
 from proper_ds.errors import DataError
 from proper_ds.files import seed_of
@@ -13,22 +17,24 @@ from proper_ds.files import seed_of
 
 def users_with_queries(tokens: TokenData, split: str) -> np.ndarray:
     """Mask over users: those with a question in `split`."""
-    asked = (tokens.column("kind") == QUERY) & (tokens.column("split") == tokens.split_code(split))
     mask = np.zeros(tokens.num_users, dtype=bool)
-    mask[tokens.column("user")[asked]] = True
+    for block in tokens.blocks():
+        asked = (tokens.column("kind", *block) == QUERY) & (tokens.column("split", *block) == tokens.split_code(split))
+        mask[tokens.column("user", *block)[asked]] = True
     return mask
 
 
 def training_users(tokens: TokenData, train_split: str) -> np.ndarray:
     """Mask over users: those with a question in the training split, or with no question at all."""
     asked = np.zeros(tokens.num_users, dtype=bool)
-    asked[tokens.column("user")[tokens.column("kind") == QUERY]] = True
+    for block in tokens.blocks():
+        asked[tokens.column("user", *block)[tokens.column("kind", *block) == QUERY]] = True
     return users_with_queries(tokens, train_split) | ~asked
 
 
 def training_examples(
     tokens: TokenData, train_on: Sequence[str], users: np.ndarray, train_split: str, stage: str
-) -> np.ndarray:
+) -> Indices:
     """Indices of the examples a stage learns from.
 
     Args:
@@ -40,14 +46,18 @@ def training_examples(
     Raises:
         DataError: when there are none.
     """
-    kind, chosen = tokens.column("kind"), np.zeros(len(tokens.column("kind")), dtype=bool)
-    if "history" in train_on:
-        chosen |= kind == HISTORY
-    if "queries" in train_on:
-        in_split = tokens.column("split") == tokens.split_code(train_split)
-        chosen |= (kind == QUERY) & in_split & tokens.column("has_answer")
-    chosen &= users[tokens.column("user")]
-    found = np.flatnonzero(chosen)
+
+    def is_chosen(start: int, stop: int) -> np.ndarray:
+        kind = tokens.column("kind", start, stop)
+        chosen = np.zeros(len(kind), dtype=bool)
+        if "history" in train_on:
+            chosen |= kind == HISTORY
+        if "queries" in train_on:
+            in_split = tokens.column("split", start, stop) == tokens.split_code(train_split)
+            chosen |= (kind == QUERY) & in_split & tokens.column("has_answer", start, stop)
+        return chosen & users[tokens.column("user", start, stop)]
+
+    found = Indices(tokens, is_chosen)
     if not len(found):
         raise DataError(
             f"stage {stage} has nothing to learn from: {int(users.sum())} users, {stage}.train_on {list(train_on)},"
@@ -77,5 +87,15 @@ def table_line(user: int, num_items: int, num_users: int) -> int:
 
 def num_history(tokens: TokenData) -> np.ndarray:
     """History items of each user."""
-    users = tokens.column("user")[tokens.column("kind") == HISTORY]
-    return np.bincount(users, minlength=tokens.num_users)
+    found = np.zeros(tokens.num_users, dtype=np.int64)
+    for block in tokens.blocks():
+        np.add.at(found, tokens.column("user", *block)[tokens.column("kind", *block) == HISTORY], 1)
+    return found
+
+
+def num_tokens(tokens: TokenData) -> np.ndarray:
+    """Tokens of each user's examples."""
+    found = np.zeros(tokens.num_users, dtype=np.int64)
+    for block in tokens.blocks():
+        np.add.at(found, tokens.column("user", *block), tokens.column("num_tokens", *block))
+    return found

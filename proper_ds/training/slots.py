@@ -35,15 +35,13 @@ class UserTask:
     Attributes:
         key: the user's key; with the run's seed it decides the initial adapter and the order of items.
         examples: the history as training pairs, oldest first.
-        user_vector_U: for presets with a user encoder.
-        table_line: for presets with a user table.
+        user_vector_U: for routers; None without groups.
         initial_row_P: an earlier adapter to go on from, in the run's widest layout; None starts a fresh one.
     """
 
     key: str
     examples: list[Example]
     user_vector_U: Tensor | None = None
-    table_line: int = 0
     initial_row_P: Tensor | None = None
 
 
@@ -244,8 +242,6 @@ class SlotPool:
         if vectors:
             assert len(vectors) == len(rows), "either every user has a vector or none"
             found.user_RU = torch.stack(vectors).to(device)
-        lines_R = torch.tensor([s.task.table_line for s in sitters])
-        found.table_R = lines_R.to(device, non_blocking=True)
         if self.model.has_dropout:
             keys = [sitter.dropout_keys(row) for sitter, row in zip(sitters, rows, strict=True)]
             found.key_R = _keys(packed, keys).to(device)
@@ -262,4 +258,4 @@ def _keys(packed: Packed, keys: list[list[int]]) -> Tensor:
     width = max(len(own) for own in keys)
     key_RI = torch.tensor([own + [0] * (width - len(own)) for own in keys], dtype=torch.int64)
     key_RT = key_RI.gather(1, (part_RT - FIRST_ITEM + 1).clamp_min(0))
-    return token_keys(key_RT.flatten(), position_RT.flatten().unsqueeze(-1)).view_as(part_RT)
+    return token_keys(key_RT, position_RT)

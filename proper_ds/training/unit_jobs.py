@@ -62,11 +62,14 @@ def history_of(context: RunContext, user: int, newest: int | None = None) -> lis
     return examples[-newest:] if newest is not None else examples
 
 
-def user_vector(level: GroupLevel, features: FeatureData, user: int) -> Tensor:
-    """The user vector [U] from all of a user's history; the generic one where there is none."""
-    assert level.encoder is not None
+def user_vector(level: GroupLevel, features: FeatureData | None, user: int, num_items: int) -> Tensor:
+    """The user vector [U] from all of a user's history, or from the user table; the generic one where there is none."""
+    device = level.device
+    if level.user_table is not None:
+        line = table_line(user, num_items, level.sizes.num_users)
+        return level.user_table.weight[line].detach().to(device)
+    assert level.encoder is not None and features is not None, "encoder presets have features"
     sum_F, count = features.user(user)
-    device = level.encoder.generic.device
     features_RF, known_R = pooled(sum_F, count).unsqueeze(0), torch.tensor([count > 0])
     with torch.no_grad():
         vector_RU = level.encoder(features_RF.to(device), known_R.to(device))
@@ -136,7 +139,7 @@ class UsersJob:
         lm = self._context.load_lm(with_population=True)
         lora = config.user.lora
         if config.user.share_prefix:
-            check_masks(lm)
+            check_masks(lm, "user.share_prefix")
         names = sorted({*lora.target_modules, *config.group.lora.target_modules})
         self._layout = LoraLayout.of(find_targets(lm, lora.target_modules, lora.layers), lora)
         self._model = PersonalModel(lm, find_targets(lm, names))
@@ -162,15 +165,10 @@ class UsersJob:
         return self._levels[adapter_set]
 
     def _task(self, user: int, level: GroupLevel | None, start_P: Tensor | None) -> UserTask:
-        context, line = self._context, 0
-        vector_U = None
-        if level is not None and level.encoder is not None:
-            assert self._features is not None
-            vector_U = user_vector(level, self._features, user)
+        context = self._context
         examples = history_of(context, user, context.config.user.max_history_items)
-        if level is not None:
-            line = table_line(user, len(examples), level.sizes["num_users"])
-        return UserTask(context.keys[user], examples, vector_U, line, start_P)
+        vector_U = user_vector(level, self._features, user, len(examples)) if level is not None else None
+        return UserTask(context.keys[user], examples, vector_U, start_P)
 
     def _starts(self, name: str, keys: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """In an update: (adapters [P] to start from, by user; why those of others cannot be read)."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper_ds.data.batches import StepPlan, collate, length_batches
+from proper_ds.data.batches import collate, length_batches
 from proper_ds.data.config import DataConfig
 from proper_ds.data.prepare import Known, prepare
 from proper_ds.data.prepared import PreparedData
@@ -110,6 +109,30 @@ def test_tokenised_data_holds_every_example_in_user_order(prepared, tokenizer, t
     assert json.loads((tmp_path / "tokens" / "tokens.json").read_text())["tasks"] == ["LaMP_3"]
 
 
+def test_examples_are_found_in_any_order_over_many_files(prepared, tokenizer, tmp_path, monkeypatch):
+    encoder = PromptEncoder(tokenizer, SUFFIX, 128)
+    tokenize(prepared, encoder, tmp_path / "one", "train", None)
+    monkeypatch.setattr("proper_ds.data.tokens.EXAMPLES_PER_FILE", 4)
+    monkeypatch.setattr("proper_ds.data.tokens.ROWS_PER_BATCH", 2)
+    tokenize(prepared, encoder, tmp_path / "many", "train", None)
+    one, many = TokenData(tmp_path / "one"), TokenData(tmp_path / "many")
+    assert len(many.marker["files"]) == 4
+    for name in ("user", "kind", "split", "position", "num_tokens", "has_answer"):
+        for start, stop in ((0, 15), (3, 9), (6, 6), (13, 15)):
+            assert many.column(name, start, stop).tolist() == one.column(name)[start:stop].tolist()
+            assert many.column(name, start, stop).dtype == one.column(name).dtype
+    order = [14, 3, 3, 0, 8, 7, 11]
+    for found in (many.examples(order), one.examples(order)):
+        assert [(e.user, e.position, e.ids.tolist()) for e in found] == [
+            (e.user, e.position, e.ids.tolist()) for n in order for e in one.examples_of(n, n + 1)
+        ]
+    assert [e.ids.tolist() for e in many.examples_of(2, 13)] == [e.ids.tolist() for e in one.examples(range(2, 13))]
+    assert many.history_digests(0, 5) == one.history_digests(0, 5)
+    (tmp_path / "many" / many.marker["files"][1]).write_bytes((tmp_path / "one" / one.marker["files"][0]).read_bytes())
+    with pytest.raises(DataError, match="holds 15 rows where 4 were written"):
+        TokenData(tmp_path / "many").column("kind", 4, 6)
+
+
 def test_the_digest_of_a_history_is_that_of_its_tokens_wherever_they_stand(prepared, tokenizer, tmp_path, monkeypatch):
     tokenize(prepared, PromptEncoder(tokenizer, SUFFIX, 128), tmp_path / "one", "train", None)
     one = TokenData(tmp_path / "one").history_digests(0, 5)
@@ -146,54 +169,3 @@ def test_length_batches_hold_everyone_once_within_the_budget(lengths, budget):
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     for b in batches:
         assert len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget
-
-
-PLANS = st.tuples(st.integers(1, 80), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-
-
-def plan_of(count, num_ranks, per_rank, accumulation, epochs, seed=5):
-    lengths = np.random.default_rng(count).integers(5, 50, count)
-    return StepPlan(
-        np.arange(count) + 1000,
-        lengths,
-        lengths // 4 + 1,
-        num_ranks=num_ranks,
-        per_rank=per_rank,
-        accumulation=accumulation,
-        num_epochs=epochs,
-        max_steps=None,
-        seed=seed,
-    )
-
-
-@settings(max_examples=60)
-@given(PLANS)
-def test_every_epoch_shows_every_example_once(shape):
-    plan = plan_of(*shape)
-    steps = list(plan.steps())
-    assert len(steps) == plan.num_steps
-    per_epoch = plan.steps_per_epoch
-    for epoch in range(shape[4]):
-        part = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
-        seen = [i for step in part for parts in step.micro for indices in parts for i in indices.tolist()]
-        assert sorted(seen) == list(range(1000, 1000 + shape[0]))
-    assert all(len(indices) <= shape[2] for step in steps for parts in step.micro for indices in parts)
-
-
-@settings(max_examples=40)
-@given(PLANS, st.integers(0, 50))
-def test_a_plan_goes_on_where_it_was(shape, first):
-    plan = plan_of(*shape)
-    rest = list(plan.steps(first))
-    for a, b in zip(list(plan.steps())[first:], rest, strict=True):
-        assert all((x == y).all() for p, q in zip(a.micro, b.micro, strict=True) for x, y in zip(p, q, strict=True))
-
-
-@settings(max_examples=30)
-@given(st.integers(1, 80), st.integers(1, 6))
-def test_the_global_batches_do_not_depend_on_the_ranks(count, total):
-    wide, narrow = plan_of(count, total, 2, 1, 2), plan_of(count, 1, 2, total, 2)
-    for a, b in zip(wide.steps(), narrow.steps(), strict=True):
-        flat = [sorted(i for parts in step.micro for x in parts for i in x.tolist()) for step in (a, b)]
-        assert flat[0] == flat[1]
-        assert a.num_targets == b.num_targets

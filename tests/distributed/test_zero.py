@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from proper_ds.data.batches import collate
+from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.distributed.engine import RankEngine
+from proper_ds.distributed.expert_parallel import ExpertGroups
 from proper_ds.distributed.ranks import current_ranks
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
-from proper_ds.model.groups import GroupLevel
+from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import PRESETS
 from proper_ds.model.routing import Rows
 from proper_ds.training.config import GroupConfig
-from proper_ds.training.group import GroupModule
+from proper_ds.training.group import group_apart
+from proper_ds.training.group_module import GroupModule
 from proper_ds.training.population import PopulationModule
 from proper_ds.training.rank_batch import RankBatch
 from proper_ds.training.rank_stage import load_trained
@@ -36,9 +41,10 @@ def make_module(kind, lm=None):
     layout = LoraLayout.of(targets, LoraSettings(r=2, target_modules=FEED_FORWARD))
     model = PersonalModel(lm, targets)
     if kind == "population":
-        return PopulationModule(model, layout, 0.0, seed=3)
-    sizes = {"feature_size": 7, "user_vector_size": 5} if kind == "proper" else {"num_users": 5}
-    return GroupModule(model, GroupLevel(layout, PRESETS[kind], 3, 1, **sizes), 0.0, 0.05, 0.05)
+        return PopulationModule(model, layout, 0.0, seed=3), None
+    sizes = {"feature_size": 7, "user_vector_size": 5}
+    level = GroupLevel(layout, PRESETS[kind], GroupSizes(3, **sizes), 1)
+    return GroupModule(model, level, 0.0, 0.05, 0.05), level
 
 
 def make_batch(step, part):
@@ -53,15 +59,16 @@ def make_batch(step, part):
     generator = torch.Generator().manual_seed(step * 10 + part)
     features = torch.randn(len(batch.examples), 7, generator=generator)
     known = torch.arange(len(batch.examples)) % 2 == 0
-    rows = Rows(table_R=torch.arange(len(batch.examples)) + part)
-    return RankBatch(batch, weight, num_targets, num_rows, NUM_PARTS, rows, features, known)
+    return RankBatch(batch, weight, num_targets, num_rows, NUM_PARTS, Rows(), features, known)
 
 
 def train_plain(kind):
     """One process, torch's AdamW and clipping: (cross-entropy by step, weights)."""
-    module = make_module(kind)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay)
+    module, level = make_module(kind)
+    named = dict((module if level is None else level).named_parameters())
+    optimizer = torch.optim.AdamW(
+        [p for p in named.values() if p.requires_grad], lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay
+    )
     losses = []
     for step in range(NUM_STEPS):
         ce = 0.0
@@ -69,15 +76,18 @@ def train_plain(kind):
             loss, numbers = module(make_batch(step, part))
             loss.backward()
             ce += float(numbers["ce"])
-        torch.nn.utils.clip_grad_norm_(trained, SETTINGS.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(named.values(), SETTINGS.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(ce)
-    return losses, {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    return losses, {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
 
 
-def train_ranks(kind, zero, start, stop, state):
-    """On the running ranks: steps `start` to `stop` from `state`; (cross-entropy by step, state afterwards)."""
+def train_ranks(kind, zero, start, stop, folder):
+    """On the running ranks: steps `start` to `stop`, from a checkpoint where there is one; leaves one.
+
+    Returns (cross-entropy by step, weights afterwards).
+    """
     ranks = current_ranks(1)
     accumulation = NUM_PARTS // ranks.num_ranks
     settings = SETTINGS.model_copy(update={"gradient_accumulation_steps": accumulation})
@@ -87,52 +97,54 @@ def train_ranks(kind, zero, start, stop, state):
         raw = {"zero_optimization": {"stage": zero} | ({"stage3_param_persistence_threshold": 0} if zero == 3 else {})}
     ds_config, problems = resolve_ds(raw, "group", settings, ranks.num_ranks, bf16=False, hidden_size=32)
     assert not problems
-    module = make_module(kind)
-    if state is not None:
-        load_trained(module, state)
-    engine = RankEngine(module, ds_config, ranks)
+    module, level = make_module(kind)
+    checkpoints = Checkpoints(Path(folder), "inputs", 1)
+    checkpoint = checkpoints.latest(ranks) if start else None
+    if checkpoint is not None:
+        load_trained(module, checkpoint.tensors)
+    apart = [] if level is None else group_apart(level, ExpertGroups.make(ranks, 1), ds_config, 0)[0]
+    engine = RankEngine(module, ds_config, ranks, apart)
     losses = []
     for step in range(start, stop):
         batches = [make_batch(step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
-        if step == start and state is not None:
-            engine.restore(state, start, batches[0])
+        if step == start and checkpoint is not None:
+            engine.restore(checkpoint, batches[0])
         numbers = engine.step(batches, SETTINGS.learning_rate)
         losses.append(ranks.sum([numbers["ce"]])[0])
-    found = engine.state()
+    checkpoints.save(stop, engine.state(), engine.shards(), {}, ranks)
     engine.close()
-    return losses, found
+    return losses, checkpoints.latest(ranks).weights()
 
 
-def all_stages(kind, stages):
+def all_stages(kind, stages, folder):
     """Each ZeRO stage from scratch, then one checkpoint of each opened by the next stage."""
-    whole = {zero: train_ranks(kind, zero, 0, NUM_STEPS, None) for zero in stages}
+    whole = {zero: train_ranks(kind, zero, 0, NUM_STEPS, f"{folder}/whole-{zero}") for zero in stages}
     resumed = {}
     half = NUM_STEPS // 2
     for zero, following in zip(stages, [*stages[1:], stages[0]], strict=True):
-        first, state = train_ranks(kind, zero, 0, half, None)
-        second, last = train_ranks(kind, following, half, NUM_STEPS, state)
+        first, _ = train_ranks(kind, zero, 0, half, f"{folder}/{zero}")
+        second, last = train_ranks(kind, following, half, NUM_STEPS, f"{folder}/{zero}")
         resumed[zero, following] = (first + second, last)
     return whole, resumed
 
 
 def compare(found, wanted_losses, wanted_weights, tolerance=1e-5):
-    losses, state = found
+    losses, weights = found
     assert losses == pytest.approx(wanted_losses, abs=1e-4)
+    assert weights.keys() == wanted_weights.keys()
     for name, weight in wanted_weights.items():
-        held = state[f"weight/{name}"]
-        assert held.numel() == weight.numel() > 0
-        assert (held - weight).abs().max() < tolerance, name
-        assert state[f"exp_avg/{name}"].shape == weight.shape
+        assert weights[name].shape == weight.shape
+        assert (weights[name] - weight).abs().max() < tolerance, name
 
 
 @pytest.mark.parametrize(
     ("kind", "num_ranks", "stages"),
-    [("population", 2, [0, 1, 2, 3]), ("proper", 2, [0, 2, 3]), ("proper-released", 2, [2, 3]), ("proper", 1, [1, 3])],
+    [("population", 2, [0, 1, 2, 3]), ("proper", 2, [0, 2, 3]), ("proper", 1, [1, 3])],
 )
-def test_ranks_equal_one_process_and_resume_across_zero_stages(kind, num_ranks, stages):
+def test_ranks_equal_one_process_and_resume_across_zero_stages(kind, num_ranks, stages, tmp_path):
     losses, weights = train_plain(kind)
     assert losses[-1] != pytest.approx(losses[0], rel=1e-2), "the test must train something"
-    results = run_ranks(all_stages, num_ranks, kind, stages)
+    results = run_ranks(all_stages, num_ranks, kind, stages, str(tmp_path))
     for whole, resumed in results:
         for zero in stages:
             compare(whole[zero], losses, weights)
@@ -140,29 +152,21 @@ def test_ranks_equal_one_process_and_resume_across_zero_stages(kind, num_ranks, 
             compare(found, losses, weights)
 
 
-def resume_only(kind, state):
-    return train_ranks(kind, 2, NUM_STEPS // 2, NUM_STEPS, state)
-
-
-def first_half(kind):
-    return train_ranks(kind, 3, 0, NUM_STEPS // 2, None)
-
-
-def test_a_checkpoint_of_two_ranks_goes_on_with_one():
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path):
     losses, weights = train_plain("proper")
-    (first, state), _ = run_ranks(first_half, 2, "proper")
-    ((second, last),) = run_ranks(resume_only, 1, "proper", state)
+    (first, _), _ = run_ranks(train_ranks, 2, "proper", 3, 0, NUM_STEPS // 2, str(tmp_path))
+    ((second, last),) = run_ranks(train_ranks, 1, "proper", 2, NUM_STEPS // 2, NUM_STEPS, str(tmp_path))
     compare((first + second, last), losses, weights)
 
 
-def each_file(kind, paths):
-    return [train_ranks(kind, path, 0, NUM_STEPS, None) for path in paths]
+def each_file(kind, paths, folder):
+    return [train_ranks(kind, path, 0, NUM_STEPS, f"{folder}/{n}") for n, path in enumerate(paths)]
 
 
-def test_the_shipped_deepspeed_files_train_what_one_process_does():
+def test_the_shipped_deepspeed_files_train_what_one_process_does(tmp_path):
     paths = sorted(str(path) for path in (REPO / "ds_configs").glob("*.json"))
     assert len(paths) == 4
     losses, weights = train_plain("proper")
-    for found in run_ranks(each_file, 2, "proper", paths):
+    for found in run_ranks(each_file, 2, "proper", paths, str(tmp_path)):
         for one in found:
             compare(one, losses, weights)

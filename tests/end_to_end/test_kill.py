@@ -105,10 +105,8 @@ def last_checkpoint(folder: Path, step: str) -> tuple[int, int]:
     """(finished stages, optimizer steps in the newest checkpoint) of a rank step; only ever grows."""
     root = folder / step
     done = len(list(root.glob("done.json"))) + len(list(root.glob("*/done.json")))
-    steps = 0
-    for path in [*root.glob("checkpoint/checkpoint.json"), *root.glob("*/checkpoint/checkpoint.json")]:
-        steps = json.loads(path.read_text())["num_steps"]
-    return done, steps
+    markers = [*root.glob("checkpoint/*/checkpoint.json"), *root.glob("*/checkpoint/*/checkpoint.json")]
+    return done, max((int(path.parent.name.split("-")[1]) for path in markers), default=0)
 
 
 def is_over(folder: Path, step: str) -> bool:

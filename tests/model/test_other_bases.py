@@ -50,7 +50,7 @@ def test_sharing_is_exact_on_other_bases(config):
     lm = made(config)
     if attention_window(lm.config) is not None:
         lm.config.sliding_window = None
-    check_masks(lm)
+    check_masks(lm, "user.share_prefix")
     assert losses_of(made(config)) == pytest.approx(losses_of(made(config), share_prefix=False), abs=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_kept_states_with_layers_of_several_kinds():
 def test_a_base_without_masks_is_refused():
     lm = made(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4))
     with pytest.raises(AdapterError, match="share_prefix=false"):
-        check_masks(lm)
+        check_masks(lm, "user.share_prefix")
 
 
 def test_only_plain_feed_forward_layers_run_at_places():

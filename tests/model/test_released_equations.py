@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper_ds.model.config import LoraSettings
-from proper_ds.model.groups import GroupLevel
+from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout, ModuleShape
 from proper_ds.model.presets import PRESETS
 from proper_ds.model.routing import Rows, constraint, entropy, imbalance, mean_gates
@@ -21,7 +21,7 @@ LAYOUT = LoraLayout((ModuleShape("m", D, E),), R_LORA, 4.0)
 
 def level_of(preset, seed=0, **sizes):
     defaults = {"feature_size": 4, "user_vector_size": U} if preset == "proper" else {"num_users": 4}
-    level = GroupLevel(LAYOUT, PRESETS[preset], N, seed, **(defaults | sizes)).double()
+    level = GroupLevel(LAYOUT, PRESETS[preset], GroupSizes(N, **(defaults | sizes)), seed).double()
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in level.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -42,7 +42,7 @@ def plain_sum(mixture, x, gates, factor):
     """sum_i factor * g_i * s * B_i (A_i x), one expert after another."""
     out = torch.zeros(E, dtype=torch.float64)
     for i in range(N):
-        out += factor * gates[i] * 2.0 * (mixture.lora_B[i] @ (mixture.lora_A[i] @ x))
+        out += factor * gates[i] * 2.0 * (mixture.experts.lora_B[i] @ (mixture.experts.lora_A[i] @ x))
     return out
 
 
@@ -50,14 +50,14 @@ def test_stage_2_released_equals_the_transcription_and_its_bounds():
     level = level_of("proper-released")
     mixture = level.by_module()["m"]
     x_RTD = torch.randn(2, 3, D, dtype=torch.float64)
-    rows = Rows(table_R=torch.tensor([1, 4]), gates=[])
+    rows = Rows(user_RU=level.user_table(torch.tensor([1, 4])), gates={})
     out = mixture("m", x_RTD, x_RTD, None, rows)
-    gates = rows.gates[0][1]
+    gates = rows.gates["m"]
     for r, user in enumerate((1, 4)):
         for t in range(3):
             x = x_RTD[r, t]
             p_x = softmax([dot(w, x) for w in mixture.router.token])
-            p_u = softmax([dot(w, mixture.router.table[user]) for w in mixture.router.user])
+            p_u = softmax([dot(w, level.user_table.weight[user]) for w in mixture.router.user])
             g = softmax([a + b for a, b in zip(p_x, p_u, strict=True)])
             assert gates[r, t].tolist() == pytest.approx(g, abs=1e-12)
             assert (out[r, t] - plain_sum(mixture, x, g, 1 / N)).abs().max() < 1e-12
@@ -72,11 +72,11 @@ def test_stage_32_released_reads_the_user_loras_output():
     level.double()
     mixture = level.by_module()["m"]
     x, o = torch.randn(1, 2, D, dtype=torch.float64), torch.randn(1, 2, E, dtype=torch.float64)
-    rows = Rows(gates=[])
+    rows = Rows(gates={})
     out = mixture("m", x, x, o, rows)
     for t in range(2):
         h = softmax([dot(w, o[0, t]) for w in mixture.router.lora])
-        assert rows.gates[0][1][0, t].tolist() == pytest.approx(h, abs=1e-12)
+        assert rows.gates["m"][0, t].tolist() == pytest.approx(h, abs=1e-12)
         assert (out[0, t] - plain_sum(mixture, x[0, t], h, 1 / N)).abs().max() < 1e-12
 
 
@@ -84,11 +84,11 @@ def test_stage_2_proper_is_one_softmax_of_summed_logits_without_the_factor():
     level = level_of("proper")
     mixture = level.by_module()["m"]
     x, z = torch.randn(1, 2, D, dtype=torch.float64), torch.randn(1, U, dtype=torch.float64)
-    rows = Rows(user_RU=z, gates=[])
+    rows = Rows(user_RU=z, gates={})
     out = mixture("m", x, x, None, rows)
     for t in range(2):
         g = softmax([dot(mixture.router.token[i], x[0, t]) + dot(mixture.router.user[i], z[0]) for i in range(N)])
-        assert rows.gates[0][1][0, t].tolist() == pytest.approx(g, abs=1e-12)
+        assert rows.gates["m"][0, t].tolist() == pytest.approx(g, abs=1e-12)
         assert (out[0, t] - plain_sum(mixture, x[0, t], g, 1.0)).abs().max() < 1e-12
 
 
@@ -97,7 +97,8 @@ def test_proper_stage_32_starts_where_31_ended_and_released_does_not():
         level = level_of(preset)
         mixture = level.by_module()["m"]
         x, o = torch.randn(1, 2, D, dtype=torch.float64), torch.randn(1, 2, E, dtype=torch.float64)
-        rows = Rows(user_RU=torch.randn(1, U, dtype=torch.float64), table_R=torch.tensor([2]))
+        size = U if preset == "proper" else D
+        rows = Rows(user_RU=torch.randn(1, size, dtype=torch.float64))
         before = mixture("m", x, x, o, rows)
         level.add_lora_routers(seed=3)
         level.double()
@@ -106,7 +107,7 @@ def test_proper_stage_32_starts_where_31_ended_and_released_does_not():
 
 
 def test_fresh_experts_add_nothing():
-    level = GroupLevel(LAYOUT, PRESETS["proper"], N, 0, feature_size=4, user_vector_size=U)
+    level = GroupLevel(LAYOUT, PRESETS["proper"], GroupSizes(N, feature_size=4, user_vector_size=U), 0)
     x = torch.randn(2, 3, D)
     out = level.by_module()["m"]("m", x, x, None, Rows(user_RU=torch.randn(2, U)))
     assert not out.any()
@@ -132,9 +133,21 @@ def test_mean_gates_leave_padding_out():
 
 def test_imbalance_is_zero_when_shared_alike_and_largest_on_one_expert():
     alike, one = torch.eye(N), torch.eye(N)[:1].repeat(N, 1)
-    weight = torch.ones(N)
-    assert float(imbalance(alike, weight)) == pytest.approx(0, abs=1e-6)
-    assert float(imbalance(one, weight)) == pytest.approx(N - 1)
+    assert float(imbalance(alike, alike.mean(0)).mean()) == pytest.approx(0, abs=1e-6)
+    assert float(imbalance(one, one.mean(0)).mean()) == pytest.approx(N - 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 1000))
+def test_imbalance_has_the_gradient_of_the_squared_shares_where_they_are_those_of_before(num_texts, seed):
+    mean = torch.randn(num_texts, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+    mean.requires_grad_()
+    share = mean.mean(0)
+    (wanted,) = torch.autograd.grad(N * share.square().sum() - 1, mean, retain_graph=True)
+    value = imbalance(mean, share.detach()).mean()
+    (found,) = torch.autograd.grad(value, mean)
+    assert torch.allclose(found, wanted, atol=1e-12)
+    assert float(value) == pytest.approx(float(N * share.square().sum() - 1), abs=1e-12)
 
 
 def test_gradient_of_the_constraint_is_that_of_finite_differences():
@@ -158,8 +171,8 @@ def test_a_saved_level_comes_back_whole(tmp_path, preset, lora_aware):
 
 def test_unknown_users_get_the_mean_line():
     level = level_of("proper-released")
-    level.set_unknown_user(torch.tensor([1, 3]))
-    table = level.by_module()["m"].router.table
+    level.user_table.set_unknown_user(torch.tensor([1, 3]))
+    table = level.user_table.weight
     assert torch.allclose(table[0], table[[1, 3]].mean(0))
 
 

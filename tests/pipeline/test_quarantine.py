@@ -38,7 +38,9 @@ def tokens_with_history_of(users):
         "user": np.array([*users, *range(5)]),
         "kind": np.array([HISTORY] * len(users) + [HISTORY + 1] * 5),
     }
-    return SimpleNamespace(column=columns.__getitem__, num_users=5)
+    blocks = [(0, 3), (3, len(columns["user"]))]
+    column = lambda name, start, stop: columns[name][start:stop]  # noqa: E731
+    return SimpleNamespace(column=column, num_users=5, blocks=lambda: blocks)
 
 
 def test_users_of_a_unit_given_up_are_failed_and_the_unit_is_done(context):

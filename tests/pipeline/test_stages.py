@@ -63,7 +63,6 @@ def changed(prints, *overrides):
         ("base.create.max_steps=7", "base"),
         ("base.max_length=90", "tokens"),
         ("population.learning_rate=1", "population"),
-        ("distributed.num_ranks=1", "population"),
         ("evaluation.closed_labels=generate", "predictions"),
         ("evaluation.confidence=0.5", "report"),
     ],
@@ -83,9 +82,27 @@ def test_router_settings_leave_adapters_alone(prints):
     assert changed(prints, "router.learning_rate=1") == ALL[10:]
 
 
-@pytest.mark.parametrize("override", ["fleet.num_actors=2", "fleet.max_retries=1", "distributed.max_restarts=1"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "fleet.num_actors=2",
+        "fleet.max_retries=1",
+        "distributed.max_restarts=1",
+        "distributed.num_ranks=1",
+        "group.packing=true",
+        "population.save_steps=7",
+        "group.save_total_limit=1",
+    ],
+)
 def test_who_does_the_work_changes_nothing(prints, override):
     assert changed(prints, override) == []
+
+
+def test_how_a_global_batch_is_dealt_to_ranks_changes_nothing(prints):
+    given = ("population.train_batch_size=8", "group.train_batch_size=8", "router.train_batch_size=8")
+    other = ("distributed.num_ranks=3", "population.per_device_train_batch_size=1")
+    assert prints(*given) == prints(*given, *other)
+    assert prints(*given)["group/proper"] != prints(*given[:1], "group.train_batch_size=9")["group/proper"]
 
 
 def test_changed_data_changes_everything(prints):

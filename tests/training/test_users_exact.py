@@ -10,7 +10,7 @@ import torch
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
-from proper_ds.model.groups import GroupLevel
+from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import PRESETS
 from proper_ds.training.config import UserConfig
@@ -51,7 +51,7 @@ def _layout(lm, settings):
 def _random_group(settings, preset):
     probe = tiny_llama(dtype=torch.float64)
     sizes = {"feature_size": 4, "user_vector_size": 6} if preset == "proper" else {"num_users": len(HISTORIES)}
-    group = GroupLevel(_layout(probe, settings), PRESETS[preset], 3, seed=2, **sizes)
+    group = GroupLevel(_layout(probe, settings), PRESETS[preset], GroupSizes(3, **sizes), seed=2)
     generator = torch.Generator().manual_seed(9)
     for p in group.parameters():
         p.data = torch.randn(p.shape, generator=generator) * 0.2
@@ -67,10 +67,9 @@ def _train_together(dtype, settings, group=None, group_dropout=0.0):
     tasks = _tasks()
     if group is not None:
         vectors = torch.randn(len(tasks), 6, generator=torch.Generator().manual_seed(5)).to(dtype)
-        tasks = [
-            UserTask(t.key, t.examples, vectors[n] if group.encoder is not None else None, n + 1)
-            for n, t in enumerate(tasks)
-        ]
+        if group.user_table is not None:
+            vectors = group.user_table.weight[1:]
+        tasks = [UserTask(t.key, t.examples, vectors[n]) for n, t in enumerate(tasks)]
     return layout, tasks, train_users(model, layout, tasks, settings, SEED)
 
 
@@ -119,8 +118,7 @@ def test_each_user_equals_peft_alone_on_frozen_groups(preset):
     for p in group.parameters():
         p.requires_grad_(False)
     for task, result in zip(tasks, results, strict=True):
-        model.rows.user_RU = task.user_vector_U.unsqueeze(0) if task.user_vector_U is not None else None
-        model.rows.table_R = torch.tensor([task.table_line])
+        model.rows.user_RU = task.user_vector_U.unsqueeze(0)
         inner_layout = LoraLayout(
             tuple(type(m)(f"{m.name}.base", m.in_features, m.out_features) for m in layout.modules), 3, 6
         )

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from proper_ds.bench.harness import machine, tell, write_result
-from proper_ds.bench.rank_gang import Mark, RankResult, run_ranks
+from proper_ds.bench.rank_memory import PeakMemory
 from proper_ds.bench.workloads import PRESETS, Preset, random_llama
 from proper_ds.config import validate
 from proper_ds.data.batches import collate
 from proper_ds.data.tokens import HISTORY, Example
 from proper_ds.distributed.ds_config import resolve_ds
 from proper_ds.distributed.engine import RankEngine
+from proper_ds.distributed.local_ranks import run_local_ranks
 from proper_ds.distributed.ranks import current_ranks
 from proper_ds.distributed.sharded_base import holding
 from proper_ds.model.adapted import PersonalModel
@@ -33,8 +33,7 @@ from proper_ds.training.context import RunContext
 from proper_ds.training.population import PopulationModule
 from proper_ds.training.rank_batch import RankBatch
 
-PHASES = ("start", "load", "train", "end")
-NUM_STEPS = 2
+NUM_STEPS, TIMEOUT_S = 2, 900.0
 # DeepSpeed keeps up to 1e9 gathered numbers alive, which is all of a small base: here as few as it can.
 ZERO_3 = {
     "stage": 3,
@@ -59,49 +58,57 @@ def write_base(preset: Preset, folder: Path) -> int:
     return num_bytes
 
 
-def load_and_train(mark: Mark, folder: str, sharded: bool, checkpointed: bool) -> list[float]:
-    """On a rank: cross-entropy of each step on `folder/base`, after all was done once with `folder/tiny`."""
-    _train(lambda phase: None, folder, "tiny", sharded, checkpointed)
+def on_ranks(payload: dict[str, Any]) -> dict[str, Any]:
+    """What each rank runs on `base`, after the same with `tiny`: peak bytes above those before, and losses."""
+    folder, sharded, checkpointed = payload["folder"], payload["sharded"], payload["checkpointed"]
+    _Training(folder, "tiny", sharded, checkpointed).run(NUM_STEPS)
     gc.collect()
-    dist.barrier()
-    mark("load")
-    losses = _train(mark, folder, "base", sharded, checkpointed)
-    mark("end")
-    return losses
+    memory, found = PeakMemory(), dict[str, Any]()
+    before = memory.now()
+    memory.begin()
+    training = _Training(folder, "base", sharded, checkpointed)
+    found["load"] = memory.take() - before
+    memory.begin()
+    found["losses"] = training.run(NUM_STEPS)
+    found["train"] = memory.take() - before
+    return found
 
 
-def _train(mark: Mark, folder: str, base: str, sharded: bool, checkpointed: bool) -> list[float]:
-    raw = {"output_dir": f"{folder}/run", "base": {"model": f"{folder}/{base}", "dtype": "float32"}}
-    context = RunContext(validate(raw | {"data": {"path": folder}}, "benchmark"), torch.device("cpu"))
-    settings, ranks = PopulationConfig(per_device_train_batch_size=2), current_ranks(1)
-    ds_config, problems = resolve_ds({"zero_optimization": ZERO_3}, "population", settings, ranks.num_ranks, False)
-    assert not problems, problems
-    lm = context.load_lm(with_population=False, zero3=ds_config if sharded else None)
-    if checkpointed:
-        checkpoint_layers(lm, holding)
-    targets = find_targets(lm, settings.lora.target_modules)
-    module = PopulationModule(PersonalModel(lm, targets), LoraLayout.of(targets, settings.lora), 0.0, seed=0)
-    engine = RankEngine(module, ds_config, ranks)
-    dist.barrier()
-    mark("train")
-    losses = []
-    for step in range(NUM_STEPS):
-        generator, num = np.random.default_rng([step, ranks.rank]), ranks.num_ranks
-        ids = generator.integers(3, lm.config.vocab_size, (2, 48))
-        examples = [Example(0, HISTORY, 0, position, 40, row.astype(np.int64)) for position, row in enumerate(ids)]
-        batch = RankBatch(collate(examples, ranks.device), 1.0, 16 * num, 2 * num, num)
-        losses.append(ranks.sum([engine.step([batch], 1e-3)["ce"]])[0])
-    engine.close()
-    return losses
+class _Training:
+    """The population stage's module and engine on a base in a folder, under ZeRO 3."""
+
+    def __init__(self, folder: str, base: str, sharded: bool, checkpointed: bool) -> None:
+        raw = {"output_dir": f"{folder}/run", "base": {"model": f"{folder}/{base}", "dtype": "float32"}}
+        context = RunContext(validate(raw | {"data": {"path": folder}}, "benchmark"), torch.device("cpu"))
+        settings, self._ranks = PopulationConfig(per_device_train_batch_size=2), current_ranks(1)
+        num_ranks = self._ranks.num_ranks
+        ds_config, problems = resolve_ds({"zero_optimization": ZERO_3}, "population", settings, num_ranks, False)
+        assert not problems, problems
+        lm = context.load_lm(with_population=False, zero3=ds_config if sharded else None)
+        if checkpointed:
+            checkpoint_layers(lm, holding)
+        targets = find_targets(lm, settings.lora.target_modules)
+        module = PopulationModule(PersonalModel(lm, targets), LoraLayout.of(targets, settings.lora), 0.0, seed=0)
+        self._vocab_size = int(lm.config.vocab_size)
+        self._engine = RankEngine(module, ds_config, self._ranks)
+
+    def run(self, num_steps: int) -> list[float]:
+        """Cross-entropy of each step."""
+        num, losses = self._ranks.num_ranks, []
+        for step in range(num_steps):
+            ids = np.random.default_rng([step, self._ranks.rank]).integers(3, self._vocab_size, (2, 48))
+            examples = [Example(0, HISTORY, 0, position, 40, row.astype(np.int64)) for position, row in enumerate(ids)]
+            batch = RankBatch(collate(examples, self._ranks.device), 1.0, 16 * num, 2 * num, num)
+            losses.append(self._ranks.sum([self._engine.step([batch], 1e-3)["ce"]])[0])
+        self._engine.close()
+        return losses
 
 
 def measure(folder: Path, num_ranks: int, sharded: bool, checkpointed: bool) -> dict[str, Any]:
-    """Peak bytes above those at the start, of the rank that has most, while loading and in training; and losses."""
-    ranks: list[RankResult] = run_ranks(load_and_train, num_ranks, PHASES, str(folder), sharded, checkpointed)
-    above = [
-        {phase: rank.peak_bytes[phase] - rank.peak_bytes["start"] for phase in ("load", "train")} for rank in ranks
-    ]
-    return {phase: max(rank[phase] for rank in above) for phase in ("load", "train")} | {"losses": ranks[0].value}
+    """Peak bytes of the rank that has most, while loading and in training; and losses."""
+    payload = {"folder": str(folder), "sharded": sharded, "checkpointed": checkpointed}
+    ranks = run_local_ranks("proper_ds.bench.group_memory:on_ranks", num_ranks, payload, TIMEOUT_S)
+    return ranks[0] | {phase: max(rank[phase] for rank in ranks) for phase in ("load", "train")}
 
 
 def bench_memory(preset_name: str, json_path: Path | None) -> dict[str, Any]:

@@ -22,9 +22,10 @@ class ExpertLoop(nn.Module):
 
     def __init__(self, mixture: ExpertMixture) -> None:
         super().__init__()
-        self.router, self.factor = mixture.router, mixture.scaling * mixture.factor
+        experts = mixture.experts
+        self.router, self._scale = mixture.router, experts.scale
         self.lora_A, self.lora_B = nn.ModuleList(), nn.ModuleList()
-        for a_rD, b_Er in zip(mixture.lora_A.detach(), mixture.lora_B.detach(), strict=True):
+        for a_rD, b_Er in zip(experts.lora_A.detach(), experts.lora_B.detach(), strict=True):
             self.lora_A.append(_linear(a_rD))
             self.lora_B.append(_linear(b_Er))
 
@@ -32,11 +33,15 @@ class ExpertLoop(nn.Module):
         """As `ExpertMixture.forward`."""
         gates_RTN = self.router(x_RTD, user_out_RTE, rows)
         if rows.gates is not None:
-            rows.gates.append((name, gates_RTN))
+            rows.gates.setdefault(name, gates_RTN)
         total: Any = 0
         for number, (a, b) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
-            total = total + b(a(dropped_RTD)) * gates_RTN[..., number : number + 1] * self.factor
+            total = total + b(a(dropped_RTD)) * gates_RTN[..., number : number + 1] * self._scale
         return total
+
+    def experts_parameters(self) -> list[nn.Parameter]:
+        """What is trained here besides the mixture's router."""
+        return [*self.lora_A.parameters(), *self.lora_B.parameters()]
 
 
 def _linear(weight: Tensor) -> nn.Linear:

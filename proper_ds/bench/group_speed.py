@@ -23,12 +23,11 @@ from proper_ds.errors import UserError
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
-from proper_ds.model.groups import GroupLevel
+from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import PRESETS as MODES
-from proper_ds.model.routing import Rows
 from proper_ds.observe.log import get_logger
-from proper_ds.training.group import GroupModule
+from proper_ds.training.group_module import GroupModule
 from proper_ds.training.population import PopulationModule
 from proper_ds.training.rank_batch import RankBatch
 
@@ -41,9 +40,11 @@ LOSS_TOLERANCE = 1e-4
 class _Trainer:
     """One variant: its module with its own optimizer, fed whole batches or one example at a time."""
 
-    def __init__(self, module: nn.Module, batches: Sequence[Sequence[Example]], one_by_one: bool) -> None:
+    def __init__(
+        self, module: nn.Module, trained: list[nn.Parameter], batches: Sequence[Sequence[Example]], one_by_one: bool
+    ) -> None:
         self._module, self._batches, self._one_by_one = module, batches, one_by_one
-        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._trained = trained
         self._optimizer = torch.optim.AdamW(self._trained, lr=LEARNING_RATE)
 
     def __call__(self) -> list[float]:
@@ -55,9 +56,9 @@ class _Trainer:
             ce = 0.0
             for part in parts:
                 lines = torch.tensor([1 + example.user for example in part], device=self._trained[0].device)
-                rows = Rows(table_R=lines)
-                batch = collate(part, lines.device)
-                loss, numbers = self._module(RankBatch(batch, 1.0, num_targets, len(examples), len(parts), rows))
+                batch = RankBatch(collate(part, lines.device), 1.0, num_targets, len(examples), len(parts))
+                batch.line_R = lines
+                loss, numbers = self._module(batch)
                 loss.backward()
                 ce += float(numbers["ce"])
             nn.utils.clip_grad_norm_(self._trained, 1.0)
@@ -84,14 +85,19 @@ def variants(preset: Preset, num_experts: int, device: torch.device) -> dict[str
     layout = LoraLayout.of(find_targets(base, settings.target_modules), settings)
     found: dict[str, Callable[[], list[float]]] = {}
     for name in ("fused", "loop"):
-        level = GroupLevel(layout, MODES["proper-released"], num_experts, 0, num_users=NUM_ROWS)
+        sizes = GroupSizes(num_experts, num_users=NUM_ROWS)
+        level = GroupLevel(layout, MODES["proper-released"], sizes, 0).to(device)
         module = GroupModule(model(), level, 0.0, 0.0, 0.0)
+        trained = list(level.parameters())
         if name == "loop":
             loops = {key: ExpertLoop(mixture) for key, mixture in level.by_module().items()}
             module.model.attach_groups(loops)  # type: ignore[arg-type]
-        found[name] = _Trainer(module.to(device), batches, one_by_one=name == "loop")
-    wide = layout.with_rank(R * num_experts)
-    found["ceiling"] = _Trainer(PopulationModule(model(), wide, 0.0, seed=0).to(device), batches, one_by_one=False)
+            fused = set(level.experts.parameters())
+            trained = [p for p in trained if p not in fused]
+            trained += [p for loop in loops.values() for p in loop.experts_parameters()]
+        found[name] = _Trainer(module, trained, batches, one_by_one=name == "loop")
+    wide = PopulationModule(model(), layout.with_rank(R * num_experts), 0.0, seed=0).to(device)
+    found["ceiling"] = _Trainer(wide, list(wide.loras.parameters()), batches, one_by_one=False)
     return found
 
 

@@ -1,6 +1,6 @@
 # make quickstart   installs into .venv, then generates a population and runs all stages on it (2 cores, 6 minutes)
 # make test         installs into .venv, then lint, types and tests
-# make test-hosts   three hosts out of network namespaces: one killed, one cut off, the driver killed (root, 5 minutes)
+# make test-hosts   hosts out of network namespaces: killed, cut off, ranks and drivers killed (root, 10 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,6 +12,7 @@ USERS ?= 300
 NUM_GROUPS ?= 4
 OUT ?= runs/quickstart
 SET ?=
+HOST_TESTS := tests/fleet/test_hosts.py tests/fleet/test_rank_hosts.py
 
 .PHONY: quickstart test test-hosts install install-dev lint types
 
@@ -47,7 +48,7 @@ types: install-dev
 	$(BIN)/mypy
 
 test: lint types
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --ignore=tests/fleet/test_hosts.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(addprefix --ignore=,$(HOST_TESTS))
 
 test-hosts: install-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/fleet/test_hosts.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(HOST_TESTS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from proper_ds.data.config import DataConfig
+from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
@@ -32,6 +33,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_batches(config),
         *_methods(config),
         *_update(config),
+        *_ranks(config.distributed),
         *_deepspeed(config),
     ]
 
@@ -275,6 +277,13 @@ def _update(config: RunConfig) -> list[Problem]:
         mend = "Give `data.path`: the run prepares each night's data itself, so that users keep their places."
         problems.append(Problem(key, "cannot work on data.prepared", mend))
     return problems
+
+
+def _ranks(distributed: DistributedConfig) -> list[Problem]:
+    if distributed.min_ranks <= distributed.num_ranks:
+        return []
+    wrong = f"{distributed.min_ranks} is more than distributed.num_ranks {distributed.num_ranks}, so none would start"
+    return [Problem("distributed.min_ranks", wrong, "Lower it, or raise num_ranks.")]
 
 
 def _deepspeed(config: RunConfig) -> list[Problem]:

@@ -72,6 +72,7 @@ BAD = [
     ("user.lora.target_modules=[q_proj]", "user.lora.target_modules", "lacks down_proj, gate_proj, up_proj"),
     ("evaluation.split=train", "evaluation.split", "also data.train_split"),
     ("distributed.deepspeed=none.json", "distributed.deepspeed", "No such file.*ds_configs/zero2.json"),
+    ("distributed.min_ranks=2", "distributed.min_ranks", "more than distributed.num_ranks 1"),
     ("output_dir=", "output_dir", "not legal"),
     ("seed", "seed", "is no override"),
     ("seed.deeper=1", "seed", "not legal"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,13 @@ def bench_packing(preset_name: str, batch_size: int, repeats: int, json_path: Pa
     """Measure, print, and write the figures. Raises UserError where the variants do not compute the same."""
     preset = PRESETS[preset_name]
     examples = random_texts(preset, batch_size * POOL_BATCHES)
-    order = Order(_InMemory(examples), batch_size, seed=1)
-    alike = [batch.indices for _, batch in zip(range(order.batches_per_epoch), order.batches(), strict=False)]
-    mixed = np.random.default_rng(1).permutation(len(examples)).reshape(-1, batch_size)
     module, made = _module(preset), dict[str, list[Batch]]()
-    for name, positions in (("of similar length", alike), ("at random", list(mixed))):
+    for by_length, name in ((True, "of similar length"), (False, "at random")):
+        order = Order(_InMemory(examples), batch_size, seed=1, by_length=by_length)
+        batches = [[examples[i] for i in batch.indices] for batch in islice(order.batches(), order.batches_per_epoch)]
         for packing in (False, True):
             label = f"{name}, {'packed' if packing else 'padded'}"
-            made[label] = [collate([examples[i] for i in batch], packing=packing) for batch in positions]
+            made[label] = [collate(batch, packing=packing) for batch in batches]
     losses: dict[str, float] = {}
 
     def on_done(name: str, number: int, seconds: float, result: Any) -> None:

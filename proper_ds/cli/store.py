@@ -23,7 +23,7 @@ app.command()(forget)
 
 User = Annotated[str, typer.Argument(help="The user's key, as in the data.")]
 Run = Annotated[Path | None, typer.Option(help="The run's folder.")]
-Set = Annotated[str, typer.Option(help="Which adapters of the run: OPPU, proper or proper-released.")]
+Set = Annotated[str, typer.Option(help="Which adapters of the run: OPPU, proper, proper-released or proper-joint.")]
 Store = Annotated[str | None, typer.Option(help="A store outside a run: a folder or an fsspec URI.")]
 
 

@@ -167,6 +167,7 @@ class StepPlan:
         num_epochs: int,
         max_steps: int | None,
         seed: int,
+        by_length: bool = True,
         owner_of: Callable[[np.ndarray], np.ndarray] | None = None,
         num_owners: int = 1,
     ) -> None:
@@ -175,11 +176,12 @@ class StepPlan:
         Args:
             per_device: examples of one micro-batch of one rank, at most.
             train_batch_size: examples of one step of all ranks.
+            by_length: whether a step's examples are of similar length; see `order.py`.
             owner_of: maps example indices to owners from 0 up to `num_owners`; None where any rank will do.
             num_owners: divides `num_ranks`.
         """
         assert num_ranks % num_owners == 0, "every owner has the same number of ranks"
-        self._order = Order(blocks, train_batch_size, seed)
+        self._order = Order(blocks, train_batch_size, seed, by_length=by_length)
         self._num_ranks, self._num_owners, self._owner_of = num_ranks, num_owners, owner_of
         self.accumulation = num_micro_batches(train_batch_size, num_ranks, per_device)
         self.steps_per_epoch = self._order.batches_per_epoch

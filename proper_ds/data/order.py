@@ -30,7 +30,7 @@ class Blocks(Protocol):
 
 
 class Order:
-    """Global batches of examples of similar length, epoch after epoch; the last batch of an epoch may be short.
+    """Global batches, epoch after epoch; the last batch of an epoch may be short.
 
     An epoch's blocks are laid end to end in a random order and cut into windows. A window is shuffled as a whole, cut
     into pools, each sorted by length and cut into batches, and its batches are shuffled again. A set that fits one
@@ -38,8 +38,17 @@ class Order:
     examples that stand together, such as one user's, still part. Any batch can be had without those before it.
     """
 
-    def __init__(self, blocks: Blocks, batch_size: int, seed: int, window_examples: int = WINDOW_EXAMPLES) -> None:
-        self._blocks, self._batch_size, self._seed = blocks, batch_size, seed
+    def __init__(
+        self,
+        blocks: Blocks,
+        batch_size: int,
+        seed: int,
+        *,
+        by_length: bool = True,
+        window_examples: int = WINDOW_EXAMPLES,
+    ) -> None:
+        """`by_length`: batches of examples of similar length; else pools are cut into batches as they are."""
+        self._blocks, self._batch_size, self._seed, self._by_length = blocks, batch_size, seed, by_length
         self._num_examples = int(blocks.counts.sum())
         self._pool = batch_size * POOL_BATCHES
         self._window = max(1, window_examples // self._pool) * self._pool
@@ -61,7 +70,8 @@ class Order:
         order, batches = generator.permutation(len(held)), []
         for start in range(0, len(order), self._pool):
             part = order[start : start + self._pool]
-            part = part[np.argsort(-held.lengths[part], kind="stable")]
+            if self._by_length:
+                part = part[np.argsort(-held.lengths[part], kind="stable")]
             batches += [part[i : i + self._batch_size] for i in range(0, len(part), self._batch_size)]
         for position in generator.permutation(len(batches))[first:]:
             yield held.take(batches[position])

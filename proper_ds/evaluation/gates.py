@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
+_NO_END: dict[str, Any] = {"end": None, "likeness": None, "problems": []}
+
 
 def gate_history(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By stage that mixes experts: `curve`, the numbers of `gate_numbers` with their `step`; and how it ended.
 
-    `likeness` and `problems` are of the stage's end, None and empty where it has not come to it. The last run of a
-    stage counts, and steps that were repeated after a restart count once.
+    `end` (the same numbers over more texts), `likeness` and `problems` are of the stage's end; None and empty where it
+    has not come to it. The last run of a stage counts, and steps that were repeated after a restart count once.
     """
     found: dict[str, dict[str, Any]] = {}
     for event in events:
         if "gates" not in event:
             continue
-        stage = found.setdefault(event["stage"], {"curve": [], "likeness": None, "problems": []})
+        stage = found.setdefault(event["stage"], {"curve": []} | _NO_END)
         if "step" in event:
             stage["curve"] = [kept for kept in stage["curve"] if kept["step"] < event["step"]]
             stage["curve"].append({"step": event["step"]} | event["gates"])
-            stage["likeness"], stage["problems"] = None, []
+            stage |= _NO_END
         elif event.get("event") == "experts":
-            stage["likeness"], stage["problems"] = event["likeness"], event["problems"]
+            stage |= {"end": event["gates"], "likeness": event["likeness"], "problems": event["problems"]}
     return {name: stage for name, stage in found.items() if stage["curve"]}
 
 
@@ -30,7 +32,7 @@ def gate_rows(gates: dict[str, dict[str, Any]]) -> list[list[str]]:
     """A row for each stage, as it ended; see `GATE_HEADER`."""
     rows = []
     for name, stage in gates.items():
-        last, alike = stage["curve"][-1], stage["likeness"]
+        last, alike = stage["end"] or stage["curve"][-1], stage["likeness"]
         num = last["num_experts"]
         pair = f"{alike['max']:.3f} ({alike['most_alike'][0]}, {alike['most_alike'][1]})" if alike else ""
         rows.append(

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from proper_ds.errors import ConfigError, FleetError, Problem
 from proper_ds.fleet.config import FleetConfig
 from proper_ds.fleet.worker import KEEPALIVE
 
-ANSWER_TIMEOUT_S = 20.0
-"""How long a node may take to start a process and answer."""
+ANSWER_TIMEOUT_S, ANSWER_INTERVAL_S = 60.0, 2.0
+"""How long a node may take to start a process and answer, as long as Ray takes it for alive."""
 RANK_HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30"}
 """When Ray Train takes a rank that gives no sign of life for lost; ten minutes by default."""
 
@@ -56,8 +57,12 @@ class Cluster:
             probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(): node_id
             for node_id in self.nodes
         }
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
-        answered = {asked[ref] for ref in done if _came(ref)}
+        answered, deadline_s = set(), time.monotonic() + ANSWER_TIMEOUT_S
+        while asked and time.monotonic() < deadline_s:
+            done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_INTERVAL_S)
+            answered |= {asked.pop(ref) for ref in done if _came(ref)}
+            alive = _alive_nodes()
+            asked = {ref: node_id for ref, node_id in asked.items() if ref not in done and node_id in alive}
         nodes = {node_id: node for node_id, node in self.nodes.items() if node_id in answered}
         return Cluster(nodes, self.on_gpu, self.is_ours)
 

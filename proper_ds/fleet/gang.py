@@ -7,6 +7,7 @@ that the driver can say why and with how many ranks. Called by `pipeline/run.py`
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import traceback
@@ -127,7 +128,7 @@ def _reason(error: Exception) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:")
+    return re.sub(r"actor [0-9a-f]{16,}", "actor", lines[0] if lines else type(error).__name__)[:200].rstrip(".:")
 
 
 def _run_once(entry: str, config: RunConfig, options: dict[str, Any], stage: str, scaling: ScalingConfig) -> None:

@@ -21,8 +21,8 @@ MAX_LISTED = 64
 MAX_COMPARED = 64
 """Experts that are compared with each other, a fixed sample of them."""
 COLLAPSED_SHARE, ALIKE, UNIFORM = 0.9, 0.99, 0.98
-_USERS_PER_EXPERT = 4
-"""Of fewer users than so many an expert, nobody can say which experts are left out."""
+_USERS_PER_EXPERT, _FEWEST_USERS = 4, 10
+"""Of fewer users than so many an expert, nobody can say which experts are left out; of fewer than ten, nothing."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class GateStats:
     num_experts: int
     user: list[int] = field(default_factory=list)
     strongest_XM: list[Tensor] = field(default_factory=list)
-    sums: list[Tensor] = field(default_factory=list)
+    sums: Tensor | None = None
 
     def add(self, omega_MXN: Tensor, entropy_X: Tensor, users: Sequence[int]) -> None:
         """Count texts once.
@@ -54,17 +54,17 @@ class GateStats:
         self.user += users
         self.strongest_XM.append(omega_MXN.argmax(-1).T)
         found = torch.cat([omega_MXN.sum(1).flatten(), entropy_X.detach().sum().reshape(1)]).double()
-        self.sums = [found if not self.sums else self.sums[0] + found]
+        self.sums = found if self.sums is None else self.sums + found
 
     def take(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(texts [X, 1 + M]: user and strongest experts; sums [M N + 1]) since the last call; see `gate_numbers`."""
         texts = torch.zeros(0, 1 + self.num_modules, dtype=torch.int64, device=device)
         sums = torch.zeros(self.num_modules * self.num_experts + 1, dtype=torch.float64, device=device)
-        if self.user:
+        if self.sums is not None:
             user_X1 = torch.tensor(self.user, dtype=torch.int64, device=device).unsqueeze(1)
             texts = torch.cat([user_X1, torch.cat(self.strongest_XM).to(device)], dim=1)
-            sums = self.sums[0].to(device)
-        self.user, self.strongest_XM, self.sums = [], [], []
+            sums = self.sums.to(device)
+        self.user, self.strongest_XM, self.sums = [], [], None
         return texts, sums
 
 
@@ -175,7 +175,7 @@ def gate_problems(numbers: dict[str, Any], alike: dict[str, Any] | None, section
             f"gates stayed uniform (entropy {numbers['entropy']:.3f} of at most {math.log(num_experts):.3f}), so"
             f" everybody gets nearly the same mixture; {mends.uniform}"
         )
-    elif 2 * numbers["num_collapsed"] >= numbers["num_modules"]:
+    elif 2 * numbers["num_collapsed"] >= numbers["num_modules"] and numbers["num_users"] >= _FEWEST_USERS:
         problems.append(
             f"experts collapsed: in {numbers['num_collapsed']} of {numbers['num_modules']} modules one expert is the"
             f" strongest of more than {COLLAPSED_SHARE:.0%} of {numbers['num_users']} users; {mends.collapsed}"

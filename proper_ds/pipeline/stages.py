@@ -34,7 +34,6 @@ RUN_ONLY = (
     "logging_steps",
     "save_steps",
     "save_total_limit",
-    "packing",
     "gradient_checkpointing",
     "max_damaged_share",
 )

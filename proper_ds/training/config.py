@@ -73,6 +73,11 @@ class RankTraining(OptimSettings):
         """Micro-batches that each rank runs in one optimizer step."""
         return -(-self.global_batch_size(num_ranks) // (num_ranks * self.per_device_train_batch_size))
 
+    @property
+    def by_length(self) -> bool:
+        """Whether a step's examples are of similar length, so that little is padded."""
+        return True
+
     @field_validator("train_on")
     @classmethod
     def _something(cls, value: list[str]) -> list[str]:
@@ -81,23 +86,31 @@ class RankTraining(OptimSettings):
         return value
 
 
-class PopulationConfig(RankTraining):
-    """Stage 1: one LoRA over everybody's data (PROPER, section 3.2; released code: attention, r 8, alpha 16)."""
+class PackedTraining(RankTraining):
+    """A stage on ranks whose rows may hold several examples."""
 
     packing: bool = False
-    """Fill the room that a micro-batch's longest example leaves with shorter ones, which do not see each other: the
-    same result but for rounding. For bases that take 4-D masks, and whose window is not shorter than an example."""
+    """Draw a step's examples at random instead of by similar length, and put several, which do not see each other, into
+    a row as long as the longest. For bases that take 4-D masks, and whose window is not shorter than an example."""
+
+    @property
+    def by_length(self) -> bool:
+        """See RankTraining."""
+        return not self.packing
+
+
+class PopulationConfig(PackedTraining):
+    """Stage 1: one LoRA over everybody's data (PROPER, section 3.2; released code: attention, r 8, alpha 16)."""
+
     lora: LoraSettings = LoraSettings(r=8, lora_alpha=16, target_modules=ATTENTION)
     learning_rate: float = Field(default=3e-4, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
 
 
-class GroupConfig(RankTraining):
+class GroupConfig(PackedTraining):
     """Stage 2: a mixture of LoRA experts with a user-aware router (PROPER, section 3.3)."""
 
     lora: LoraSettings = LoraSettings()
-    packing: bool = False
-    """As `population.packing`."""
     num_experts: int = Field(default=5, ge=2)
     top_k: int | None = Field(default=None, ge=1)
     """`proper` only: experts of a token; None: all of them, as PROPER has it. For hundreds of groups and more."""

@@ -191,6 +191,7 @@ def make_plan(stage: RankStage, num_ranks: int, train_batch_size: int) -> StepPl
         num_epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         seed=seed_of(stage.context.config.seed, stage.name),
+        by_length=settings.by_length,
         owner_of=stage.owner_of if stage.num_owners > 1 else None,
         num_owners=stage.num_owners,
     )

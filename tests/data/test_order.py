@@ -85,6 +85,16 @@ def test_windows_hold_everybody_once_an_epoch_and_any_step_is_found_at_once(coun
         assert a.indices.tolist() == b.indices.tolist()
 
 
+def test_batches_that_are_packed_hold_examples_of_all_lengths():
+    def mean_spread(by_length):
+        order = Order(MadeUp(1000), 10, 5, by_length=by_length)
+        whole = [batch for batch, _ in zip(order.batches(), range(order.batches_per_epoch), strict=False)]
+        assert len(np.unique(np.concatenate([batch.indices for batch in whole]))) == 1000
+        return np.mean([np.ptp(batch.lengths) for batch in whole])
+
+    assert mean_spread(by_length=False) > 10 * mean_spread(by_length=True)
+
+
 def test_neighbours_part_in_a_set_of_many_windows():
     order = Order(MadeUp(4000, block=10), 4, 5, window_examples=400)
     batches = order.batches()

@@ -24,7 +24,7 @@ RANK = "ray::RayTrainWorker"
 CUT_DELAY_S = 60.0
 """Within which a host that is cut off must have been noticed."""
 WAIT_S = 150.0
-NUM_STEPS = {"population": 120, "group": 60, "router": 60}
+NUM_STEPS = {"population": 80, "group": 48, "router": 48}
 SAVE_STEPS = 4
 STAGES = {"population": "population", "group": "group/proper", "router": "router/proper"}
 LATER = ("population", "features", "group", "store", "router")

@@ -150,6 +150,8 @@ def test_every_failure_is_told_with_what_to_change(section, is_steered):
     assert "alike: 6 pairs" in said
 
 
-def test_few_users_cannot_leave_experts_idle():
+def test_few_users_cannot_leave_experts_idle_or_collapse():
+    assert gate_problems(numbers_of(one_hot([0] * 9, 4), list(range(9))), None, "group", True) == []
+    assert gate_problems(numbers_of(one_hot([0] * 10, 4), list(range(10))), None, "group", True) != []
     few = numbers_of(one_hot([0, 1, 2], 64), [0, 1, 2])
     assert gate_problems(few, None, "group", True) == []

@@ -89,7 +89,6 @@ def test_router_settings_leave_adapters_alone(prints):
         "fleet.max_retries=1",
         "distributed.max_restarts=1",
         "distributed.num_ranks=1",
-        "group.packing=true",
         "population.save_steps=7",
         "group.save_total_limit=1",
     ],
@@ -121,6 +120,9 @@ def test_each_method_names_all_that_it_reads(method):
     about = METHODS[method]
     assert needs.population == about.population
     assert (about.adapter_set in needs.adapter_sets) == (about.adapter_set is not None)
+    assert set(needs.joints) == ({about.preset} if about.gates == "joint" else set())
+    assert about.joint_set is None or f"store/{about.joint_set}" in needs.stages
+    assert about.preset is None or about.level_folder in needs.stages
     assert set(needs.routers) == (
         {about.preset} if about.user_lora and about.preset and about.gates == "lora" else set()
     )

@@ -77,6 +77,19 @@ def test_a_stage_that_ends_badly_says_so_to_the_log_and_to_the_driver(tmp_path, 
     assert uniform in caplog.text
 
 
+def test_the_end_is_judged_by_more_than_the_last_line(tmp_path):
+    """With a line of metrics for each step, the last one has seen hardly anybody."""
+    log, metrics = GateLog("router/proper", "router", level_of()), MetricsFile(tmp_path / "metrics.jsonl")
+    for user in range(40):
+        log.stats.add(torch.eye(N)[[user % N]].expand(2, 1, N), torch.zeros(1), [user])
+        assert log.numbers(HERE)["gates"]["num_users"] == 1
+    log.finish(metrics, None)
+    ((event,), _) = read_events(tmp_path / "metrics.jsonl")
+    assert event["gates"]["num_users"] == 32
+    assert event["gates"]["user_share"] == [0.25] * N
+    assert event["problems"] == []
+
+
 def test_a_stage_resumed_after_its_last_step_still_tells_of_its_experts(tmp_path):
     level = level_of("proper-released")
     generator = torch.Generator().manual_seed(1)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from proper_ds.bench.group_grid import ROWS_PER_RANK, cases, measure
+from proper_ds.bench.group_grid import R as RANK_R
 from proper_ds.bench.group_rivals import ExpertLoop
 from proper_ds.bench.harness import Measured, in_turn, machine, tell, write_result
 from proper_ds.bench.workloads import PRESETS, Preset, random_llama, random_users
@@ -138,26 +140,61 @@ def _ratio(mine: Measured, other: Measured) -> float:
     return Measured(tuple(a / b for a, b in zip(mine.values, other.values, strict=True))).median
 
 
-def bench_speed(
-    preset_name: str, num_experts: Sequence[int], num_repeats: int, json_path: Path | None
+def bench_group(
+    preset_name: str, num_experts: Sequence[int], num_repeats: int, num_ranks: Sequence[int], json_path: Path | None
 ) -> dict[str, Any]:
-    """Compare at each number of experts, print the table and return what `--json` writes."""
+    """Compare with the rivals, then measure on ranks; print both tables and return what `--json` writes.
+
+    Args:
+        num_experts: of the comparison; the largest is also the most that ranks have.
+        num_ranks: gangs to measure on; none leaves that part out.
+    """
     if preset_name not in PRESETS:
         raise UserError(f"--preset {preset_name!r} is unknown; legal are {', '.join(PRESETS)}")
-    found = [compare(preset_name, num, num_repeats) for num in num_experts]
-    result = {"preset": preset_name, "r": R, "rows": NUM_ROWS, "speed": found, "machine": machine()}
+    result: dict[str, Any] = {"preset": preset_name, "r": R, "rows": NUM_ROWS, "machine": machine()}
+    result["speed"] = [compare(preset_name, num, num_repeats) for num in num_experts]
+    _tell_speed(result, num_repeats)
+    result["ranks"] = measure(cases(num_ranks, max(num_experts)))
+    if result["ranks"]:
+        _tell_ranks(result)
+    write_result(json_path, result)
+    return result
+
+
+def _tell_speed(result: dict[str, Any], num_repeats: int) -> None:
     rows = [
         [
             str(one["num_experts"]),
-            *(f"{one['tokens_per_s'][name]:,.0f}" for name in ("fused", "loop", "ceiling")),
+            *(f"{one['tokens_per_s'][name]:,.0f} ({one['spread'][name]:.0%})" for name in ("fused", "loop", "ceiling")),
             f"{one['times_loop']:.2f}",
             f"{one['of_ceiling']:.2f}",
             f"{one['max_loss_difference_to_loop']:.0e}",
         ]
-        for one in found
+        for one in result["speed"]
     ]
-    columns = ["experts", "fused tokens/s", "loop", "ceiling", "x loop", "of ceiling", "losses differ by"]
-    notes = [f"{NUM_ROWS} rows a step, rank {R} an expert on the feed-forward layers, fp32; medians of {num_repeats}"]
-    tell(f"bench group, {preset_name}, proper-released, dense routing", columns, rows, notes, result)
-    write_result(json_path, result)
-    return result
+    columns = ["experts", "fused tokens/s (spread)", "loop", "ceiling", "x loop", "of ceiling", "losses differ by"]
+    notes = [
+        f"{NUM_ROWS} rows a step, rank {R} an expert on the feed-forward layers, fp32; medians of {num_repeats}",
+        "loop: the released code's, one example at a time; ceiling: one LoRA of all experts' ranks together",
+    ]
+    tell(f"bench group, {result['preset']}, proper-released, dense routing, one process", columns, rows, notes, result)
+
+
+def _tell_ranks(result: dict[str, Any]) -> None:
+    names = ("num_ranks", "zero", "num_experts", "expert_parallel_size")
+    rows = [
+        [
+            *(str(one[name]) for name in names),
+            "dense" if one["top_k"] is None else f"top-{one['top_k']}",
+            f"{one['tokens_per_s']:,.0f}",
+            f"{one['spread']:.0%}",
+            f"{one['peak_bytes'] / 1e6:,.0f}",
+        ]
+        for one in result["ranks"]
+    ]
+    columns = ["ranks", "ZeRO", "experts", "expert parallel", "routing", "tokens/s", "spread", "peak MB a rank"]
+    notes = [
+        f"{ROWS_PER_RANK} rows a rank, experts of rank {RANK_R} on the feed-forward layers of a small base, fp32",
+        "tokens/s of all ranks together, who share this machine; memory above that before the model was made",
+    ]
+    tell("bench group, preset proper on ranks", columns, rows, notes, result)

@@ -112,10 +112,23 @@ def users(
 @app.command()
 def group(
     parity: Annotated[bool, typer.Option("--parity", help="Losses on several ranks beside one process.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Memory of each rank under ZeRO 3.")] = False,
+    preset: Annotated[str, typer.Option(help="Size of the base: small, medium, large, or 1b (needs a GPU).")] = "small",
+    experts: Annotated[list[int] | None, typer.Option(min=2, help="Numbers of experts; give it several times.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(min=1, help="Ranks to measure on; give it several times.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each rival runs, in turn.")] = 5,
     json_file: Json = None,
 ) -> None:
-    """The group stage: equal losses on any ranks (`--parity`)."""
+    """The group stage: its speed, equal losses on any ranks (`--parity`), memory of each rank (`--memory`)."""
+    from proper_ds.bench.group_memory import bench_memory
+    from proper_ds.bench.group_speed import bench_group
     from proper_ds.bench.parity import bench_parity
 
+    if parity and memory:
+        raise typer.BadParameter("give one of --parity and --memory")
     if parity:
         bench_parity(json_file)
+    elif memory:
+        bench_memory(preset, json_file)
+    else:
+        bench_group(preset, experts or [5, 64, 512, 4096], repeats, ranks or [1, 2], json_file)

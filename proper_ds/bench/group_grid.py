@@ -23,7 +23,7 @@ from proper_ds.distributed.ds_config import resolve_ds
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.expert_parallel import ExpertGroups, TokenExchange
 from proper_ds.distributed.local_ranks import run_local_ranks
-from proper_ds.distributed.ranks import current_ranks
+from proper_ds.distributed.ranks import Ranks, current_ranks
 from proper_ds.distributed.recent_shares import RecentShares
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
@@ -45,30 +45,34 @@ TIMEOUT_S = 1200.0
 
 @dataclass(frozen=True)
 class Case:
-    """One setting; `top_k` None is dense routing."""
+    """One setting; `routing` is `dense`, `top-2`, or `blocks`, which places examples with their experts."""
 
     num_ranks: int
     zero: int
     expert_parallel_size: int
     num_experts: int
-    top_k: int | None
+    routing: str
 
     def __str__(self) -> str:
         """For the log."""
-        routing = "dense" if self.top_k is None else f"top-{self.top_k}"
         size = self.expert_parallel_size
-        return f"{self.num_ranks} ranks, ZeRO {self.zero}, {self.num_experts} experts, ep {size}, {routing}"
+        return f"{self.num_ranks} ranks, ZeRO {self.zero}, {self.num_experts} experts, ep {size}, {self.routing}"
 
 
 def cases(num_ranks: Sequence[int], most_experts: int, most_dense: int = 512) -> list[Case]:
-    """ZeRO stages at 8 experts, then numbers of experts under ZeRO 2; both at every expert-parallel size."""
+    """ZeRO stages at 8 experts, then numbers of experts under ZeRO 2; both at every expert-parallel size.
+
+    Blocks stand beside dense routing where tokens would else cross ranks.
+    """
     found = []
     for ranks in num_ranks:
         sizes = [size for size in (1, 2, 4) if ranks % size == 0]
-        found += [Case(ranks, zero, size, 8, top_k) for zero in (0, 1, 2, 3) for size in sizes for top_k in (None, 2)]
-        for num in (5, 64, 512, 4096):
-            routings = (None, 2) if num <= most_dense else (2,)
-            found += [Case(ranks, 2, s, num, k) for s in sizes if not num % s and num <= most_experts for k in routings]
+        found += [Case(ranks, zero, s, 8, way) for zero in (0, 1, 2, 3) for s in sizes for way in ("dense", "top-2")]
+        for num in (number for number in (5, 64, 512, 4096) if number <= most_experts):
+            for size in (size for size in sizes if num % size == 0):
+                routings = ["dense"] if num <= most_dense else []
+                routings += ["top-2"] + (["blocks"] if size > 1 else [])
+                found += [Case(ranks, 2, size, num, routing) for routing in routings]
     return found
 
 
@@ -86,7 +90,7 @@ def _run(case: Case) -> dict[str, Any]:
     before = memory.now()
     memory.begin()
     engine = _engine(case)
-    batches = [_batch(step, ranks.rank, ranks.num_ranks, ranks.device) for step in range(NUM_WARM + NUM_STEPS)]
+    batches = [_batch(step, ranks, case) for step in range(NUM_WARM + NUM_STEPS)]
     seconds, ce = [], 0.0
     for number, batch in enumerate(batches):
         ranks.barrier()
@@ -112,32 +116,37 @@ def _engine(case: Case) -> RankEngine:
     lora = LoraSettings(r=R)
     targets = find_targets(lm, lora.target_modules)
     sizes = GroupSizes(
-        case.num_experts, top_k=case.top_k, feature_size=NUM_FEATURES, user_vector_size=settings.user_vector_size
+        case.num_experts,
+        top_k=2 if case.routing == "top-2" else None,
+        num_blocks=groups.size if case.routing == "blocks" else None,
+        feature_size=NUM_FEATURES,
+        user_vector_size=settings.user_vector_size,
     )
     held = groups.share(case.num_experts)
     level = GroupLevel(LoraLayout.of(targets, lora), preset_of("proper", "encoder"), sizes, 0, held=held)
     level.to(ranks.device)
     shares = RecentShares(len(level.layout.modules), case.num_experts, ranks)
     apart, table = group_apart(level, groups, ds_config, seed=0)
-    exchange = TokenExchange(groups) if groups.size > 1 else None
+    exchange = TokenExchange(groups) if groups.size > 1 and case.routing != "blocks" else None
     model = PersonalModel(lm, targets)
     module = GroupModule(model, level, 0.0, 0.01, 0.01, table=table, exchange=exchange, shares=shares)
     return RankEngine(module.to(ranks.device), ds_config, ranks, [shares, *apart])
 
 
-def _batch(step: int, rank: int, num_ranks: int, device: torch.device) -> RankBatch:
-    generator = np.random.default_rng([step, rank])
+def _batch(step: int, ranks: Ranks, case: Case) -> RankBatch:
+    generator, device = np.random.default_rng([step, ranks.rank]), ranks.device
     examples = []
     for row in range(ROWS_PER_RANK):
         length = int(generator.integers(WORKLOAD.shortest, WORKLOAD.longest + 1))
         ids = generator.integers(3, WORKLOAD.vocab_size, length).astype(np.int64)
         examples.append(Example(row, HISTORY, 0, row, length - 4, ids))
-    made = RankBatch(
-        collate(examples, device), 1.0, 4 * ROWS_PER_RANK * num_ranks, ROWS_PER_RANK * num_ranks, num_ranks
-    )
+    num_rows = ROWS_PER_RANK * ranks.num_ranks
+    made = RankBatch(collate(examples, device), 1.0, 4 * num_rows, num_rows, ranks.num_ranks)
     features = generator.normal(size=(ROWS_PER_RANK, NUM_FEATURES))
     made.features_RF = torch.tensor(features, dtype=torch.float32, device=device)
     made.known_R = torch.ones(ROWS_PER_RANK, dtype=torch.bool, device=device)
+    if case.routing == "blocks":  # as many blocks as ranks in a group: all users of a rank have its own
+        made.block_R = torch.full((ROWS_PER_RANK,), ranks.rank % case.expert_parallel_size, device=device)
     return made
 
 

@@ -185,7 +185,7 @@ def _tell_ranks(result: dict[str, Any]) -> None:
     rows = [
         [
             *(str(one[name]) for name in names),
-            "dense" if one["top_k"] is None else f"top-{one['top_k']}",
+            one["routing"],
             f"{one['tokens_per_s']:,.0f}",
             f"{one['spread']:.0%}",
             f"{one['peak_bytes'] / 1e6:,.0f}",
@@ -195,6 +195,7 @@ def _tell_ranks(result: dict[str, Any]) -> None:
     columns = ["ranks", "ZeRO", "experts", "expert parallel", "routing", "tokens/s", "spread", "peak MB a rank"]
     notes = [
         f"{ROWS_PER_RANK} rows a rank, experts of rank {RANK_R} on the feed-forward layers of a small base, fp32",
+        "blocks: as many as ranks that share experts, each example with its experts' rank, so no token crosses ranks",
         "tokens/s of all ranks together, who share this machine; memory above that before the model was made",
     ]
     tell("bench group, preset proper on ranks", columns, rows, notes, result)

@@ -12,6 +12,7 @@ USERS ?= 300
 NUM_GROUPS ?= 4
 OUT ?= runs/quickstart
 SET ?=
+RAY_TESTS := tests/end_to_end tests/fleet
 HOST_TESTS := tests/fleet/test_hosts.py tests/fleet/test_rank_hosts.py
 
 .PHONY: quickstart test test-hosts install install-dev lint types
@@ -47,8 +48,10 @@ lint: install-dev
 types: install-dev
 	$(BIN)/mypy
 
+# Tests that start Ray run alone: a second cluster on a machine disturbs the first one's ranks.
 test: lint types
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(addprefix --ignore=,$(HOST_TESTS))
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(RAY_TESTS))
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(RAY_TESTS) $(addprefix --ignore=,$(HOST_TESTS))
 
 test-hosts: install-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(HOST_TESTS)

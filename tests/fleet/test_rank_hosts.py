@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -114,9 +115,10 @@ class Run:
     def assert_equals(self, whole: Run, stage: str) -> None:
         assert (self.folder / STAGES[stage] / "done.json").exists(), self.said()
         assert self.losses(stage) == pytest.approx(whole.losses(stage), abs=TOLERANCE)
-        wanted = whole.weights(stage)
-        for name, value in self.weights(stage).items():
-            assert (value - wanted[name]).abs().max() < TOLERANCE, name
+        found, wanted = self.weights(stage), whole.weights(stage)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=TOLERANCE, msg=name)
 
 
 @pytest.fixture(scope="module")

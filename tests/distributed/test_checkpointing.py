@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from proper_ds.distributed.ds_config import resolve_ds
 from proper_ds.distributed.engine import RankEngine
+from proper_ds.distributed.expert_parallel import ExpertGroups
 from proper_ds.distributed.ranks import current_ranks
 from proper_ds.distributed.sharded_base import holding
 from proper_ds.errors import AdapterError
 from proper_ds.model.checkpointing import checkpoint_layers
+from proper_ds.training.group import group_apart
 from tests.distributed.gang import run_ranks
 from tests.distributed.test_sharded_base import OFFLOAD, context_of, make_run
 from tests.distributed.test_zero import NUM_PARTS, SETTINGS, make_batch, make_module
@@ -39,13 +41,14 @@ def train(kind, raw_run, zero, checkpointed, num_steps=3):
         assert not any(module.training for module in lm.modules())
     calls = []
     lm.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    module = make_module(kind, lm)
-    engine = RankEngine(module, ds_config, ranks)
+    module, level = make_module(kind, lm)
+    apart = [] if level is None else group_apart(level, ExpertGroups.make(ranks, 1), ds_config, 0)[0]
+    engine = RankEngine(module, ds_config, ranks, apart)
     losses = []
     for step in range(num_steps):
         batches = [make_batch(step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
         losses.append(ranks.sum([engine.step(batches, SETTINGS.learning_rate)["ce"]])[0])
-    state = engine.state()
+    state = engine.state() | {shard.name: shard.tensor for shard in engine.shards()}
     engine.close()
     return losses, len(calls) / num_steps / accumulation, state
 

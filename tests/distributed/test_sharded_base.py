@@ -203,7 +203,8 @@ def ask(raw, more, change):
         message = str(error)
     if not change:  # training goes on as if nobody had asked
         losses = [engine.step([make_batch(9, ranks.rank)], rate)["ce"]]
-    weights = engine.weights()
+    state = engine.state() if not change else {}
+    weights = {name.removeprefix("weight/"): value for name, value in state.items() if name.startswith("weight/")}
     engine.close()
     return message, weights, layout, losses
 

@@ -141,12 +141,18 @@ def _ratio(mine: Measured, other: Measured) -> float:
 
 
 def bench_group(
-    preset_name: str, num_experts: Sequence[int], num_repeats: int, num_ranks: Sequence[int], json_path: Path | None
+    preset_name: str,
+    num_experts: Sequence[int],
+    most_experts: int,
+    num_repeats: int,
+    num_ranks: Sequence[int],
+    json_path: Path | None,
 ) -> dict[str, Any]:
     """Compare with the rivals, then measure on ranks; print both tables and return what `--json` writes.
 
     Args:
-        num_experts: of the comparison; the largest is also the most that ranks have.
+        num_experts: of the comparison with the rivals.
+        most_experts: that ranks have.
         num_ranks: gangs to measure on; none leaves that part out.
     """
     if preset_name not in PRESETS:
@@ -154,7 +160,7 @@ def bench_group(
     result: dict[str, Any] = {"preset": preset_name, "r": R, "rows": NUM_ROWS, "machine": machine()}
     result["speed"] = [compare(preset_name, num, num_repeats) for num in num_experts]
     _tell_speed(result, num_repeats)
-    result["ranks"] = measure(cases(num_ranks, max(num_experts)))
+    result["ranks"] = measure(cases(num_ranks, most_experts))
     if result["ranks"]:
         _tell_ranks(result)
     write_result(json_path, result)

@@ -131,4 +131,4 @@ def group(
     elif memory:
         bench_memory(preset, json_file)
     else:
-        bench_group(preset, experts or [5, 64, 512, 4096], repeats, ranks or [1, 2], json_file)
+        bench_group(preset, experts or [5, 64], max(experts or [4096]), repeats, ranks or [1, 2], json_file)

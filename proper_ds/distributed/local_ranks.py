@@ -47,11 +47,16 @@ def run_local_ranks(entry: str, num_ranks: int, payload: dict[str, Any], timeout
                     break
                 time.sleep(0.05)
         finally:
+            lost = [f"rank {n} by signal {-p.exitcode}" for n, p in enumerate(ranks) if p.exitcode and p.exitcode < 0]
             for process in ranks:
                 if process.is_alive():
                     process.join(timeout=2 if any(p.exitcode for p in ranks) else 0)
                     process.kill()
                 process.join()
+        if lost:  # what the others say of it is only that somebody is gone
+            raise FleetError(
+                f"{entry} on {num_ranks} ranks: killed from outside, perhaps for memory: {', '.join(lost)}"
+            )
         errors = sorted(folder.glob("*.error"))
         if errors:
             raise FleetError(f"{entry} failed on {num_ranks} ranks:\n{errors[0].read_text(encoding='utf-8')}")

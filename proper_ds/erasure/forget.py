@@ -199,8 +199,9 @@ class _Work:
         self.note("predictions", rows.erase_predictions(predictions.path, self.indices))
         if predictions.inputs() is not None:
             self._write_lamp_files(predictions)
-        for path in sorted(run.root.glob("group/*/level.safetensors")):
-            self.note("user tables of the group stage", rows.erase_table_lines(path, self.indices))
+        for folder in ("group", "router", "store"):  # later stages save the level that they go on from
+            for path in sorted(run.root.glob(f"{folder}/*/level.safetensors")):
+                self.note("user tables", rows.erase_table_lines(path, self.indices))
         for path in [
             *run.root.glob(CHECKPOINT),
             *run.root.glob(f"*/{CHECKPOINT}"),

@@ -260,7 +260,7 @@ def erase_table_lines(path: Path, users: Collection[int]) -> Taken:
     changed = [line for line in lines if table is not None and not table[line].equal(table[0])]
     if table is None or not changed:
         return Taken()
-    table[changed] = table[0]
+    table[changed] = table[0].clone()
     return _rewritten(path, len(changed), partial(save_file, tensors, metadata=metadata))
 
 

@@ -158,7 +158,9 @@ def likeness_numbers(cosine_KK: Tensor, chosen: Sequence[int]) -> dict[str, Any]
     }
 
 
-def gate_problems(numbers: dict[str, Any], alike: dict[str, Any] | None, section: str, is_steered: bool) -> list[str]:
+def gate_problems(
+    numbers: dict[str, Any], alike: dict[str, Any] | None, section: str, is_steered: bool, num_blocks: int = 1
+) -> list[str]:
     """What is wrong at the end of a stage, each with what to change; empty where experts are used as they should be.
 
     Args:
@@ -166,13 +168,14 @@ def gate_problems(numbers: dict[str, Any], alike: dict[str, Any] | None, section
         alike: of `likeness_numbers`, where the stage trained the experts.
         section: the stage's section in the configuration.
         is_steered: whether constraint and balance reach the weights.
+        num_blocks: blocks of experts, of which a user has one.
     """
     num_experts, problems = numbers["num_experts"], []
     mends = _Mends(section, is_steered)
-    sharpness = numbers["entropy"] / math.log(num_experts)
-    if sharpness > UNIFORM:
+    highest = math.log(num_experts // num_blocks)
+    if highest and numbers["entropy"] > UNIFORM * highest:
         problems.append(
-            f"gates stayed uniform (entropy {numbers['entropy']:.3f} of at most {math.log(num_experts):.3f}), so"
+            f"gates stayed uniform (entropy {numbers['entropy']:.3f} of at most {highest:.3f}), so"
             f" everybody gets nearly the same mixture; {mends.uniform}"
         )
     elif 2 * numbers["num_collapsed"] >= numbers["num_modules"] and numbers["num_users"] >= _FEWEST_USERS:

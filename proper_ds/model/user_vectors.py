@@ -124,12 +124,15 @@ class UserTable(nn.Module):
         """Rows [R, W] of users' lines."""
         return nn.functional.embedding(line_R, self.weight)
 
-    def set_unknown_user(self, lines: Tensor) -> None:
-        """Make line 0, and every other line that was not trained, the mean of the given trained lines."""
-        untrained = torch.ones(len(self.weight), dtype=torch.bool)
-        untrained[lines] = False
+    def settle(self, is_trained: Tensor) -> None:
+        """Give every line that was not trained the unknown user's: line 0, or the mean of the trained where it is none.
+
+        Args:
+            is_trained: mask over the lines, of which one at least was trained.
+        """
         with torch.no_grad():
-            self.weight[untrained] = self.weight[lines].mean(0)
+            unknown_W = self.weight[0] if is_trained[0] else self.weight[is_trained].mean(0)
+            self.weight[~is_trained] = unknown_W.clone()
 
 
 def initial_lines(start: int, stop: int, width: int, seed: int) -> Tensor:
@@ -159,8 +162,9 @@ def fit_blocks(normal_UF: Tensor, num_blocks: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(normal_UF), (1,), generator=generator))
     centres = [normal_UF[first]]
+    nearest_U = torch.full((len(normal_UF),), torch.inf)
     for _ in range(num_blocks - 1):
-        nearest_U = torch.cdist(normal_UF, torch.stack(centres)).square().min(1).values
+        nearest_U = torch.minimum(nearest_U, torch.cdist(normal_UF, centres[-1].unsqueeze(0)).square().squeeze(1))
         if not nearest_U.any():
             raise ValueError(f"only {len(centres)} users differ, too few for {num_blocks} blocks")
         centres.append(normal_UF[int(torch.multinomial(nearest_U, 1, generator=generator))])

@@ -63,7 +63,8 @@ class GateLog:
         if self._recent:  # a stage resumed after its last step has run no text
             texts = torch.cat([texts for texts, _ in self._recent])
             last = gate_numbers(texts, torch.stack([sums for _, sums in self._recent]).sum(0), self._level.num_experts)
-            problems = gate_problems(last, alike, self._section, is_steered)
+            num_blocks = self._level.sizes.num_blocks or 1
+            problems = gate_problems(last, alike, self._section, is_steered, num_blocks)
         metrics.log(self._stage, event="experts", gates=last, likeness=alike, problems=problems)
         for problem in problems:
             metrics.log(self._stage, warning=problem)  # for the driver's terminal

@@ -12,14 +12,16 @@ from safetensors.torch import load_file, save_file
 from proper_ds.data.batches import Step
 from proper_ds.data.indices import Indices
 from proper_ds.distributed.apart import AdamSettings, Apart
+from proper_ds.distributed.checkpoint import Checkpoint
 from proper_ds.distributed.ds_config import offloads_optimizer
 from proper_ds.distributed.expert_optim import ExpertAdamW
 from proper_ds.distributed.expert_parallel import ExpertGroups, TokenExchange, largest_size
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.distributed.recent_shares import RecentShares
 from proper_ds.distributed.sharded_base import gathering
+from proper_ds.distributed.user_table import NAME as TABLE
 from proper_ds.distributed.user_table import ShardedTable
-from proper_ds.errors import UserError
+from proper_ds.errors import AdapterError, UserError
 from proper_ds.files import atomic_path, seed_of
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import check_masks, find_targets
@@ -81,7 +83,11 @@ class GroupStage(RankStage):
         self._buffers = {name: value.clone() for name, value in self._level.named_buffers()}
         self._level.to(context.device)
         self._inputs = GroupInputs(
-            context, self._level, self._seed, settings.generic_user_probability, settings.history_dropout
+            context,
+            self._level,
+            self._seed,
+            forget=settings.generic_user_probability if chosen.gate == "summed" else 0.0,
+            history_dropout=settings.history_dropout,
         )
         crosses = self._groups.size > 1 and sizes.num_blocks is None
         self._shares = RecentShares(len(layout.modules), sizes.num_experts, ranks)
@@ -107,7 +113,7 @@ class GroupStage(RankStage):
         """See RankStage."""
         seed = seed_of(self._seed, "user table")
         found, self._table = group_apart(self._level, self._groups, ds_config, seed)
-        return [self._shares, *found]
+        return [self._shares, *found] if self._level.preset.constraint_gradient else found
 
     def _look_up(self, line_R: Tensor) -> Tensor:
         assert self._table is not None, "the table is made with the engine"
@@ -131,7 +137,7 @@ class GroupStage(RankStage):
         path = self.context.folder.stage(self.name).path / "blocks.safetensors"
         encoder = self._level.encoder
         assert encoder is not None
-        if self._ranks.is_first:
+        if self._ranks.is_first and not path.exists():  # a stage that goes on keeps the blocks it was begun with
             users = np.flatnonzero(self._users & (num_history(self.context.tokens) > 0))
             users = np.random.default_rng(self._seed).permutation(users)[:MAX_CLUSTERED]
             pooled_UF = torch.stack([pooled(*features.user(int(user))) for user in users])
@@ -173,15 +179,21 @@ class GroupStage(RankStage):
         """See RankStage."""
         return self._gates.numbers(ranks)
 
+    def before_finish(self, checkpoint: Checkpoint) -> None:
+        """See RankStage."""
+        if self._level.encoder is None and self._ranks.is_first:
+            steps = checkpoint.rows(f"num_steps/{TABLE}", 0, 1 + self._level.sizes.num_users)
+            self._is_trained = steps > 0
+
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
         """See RankStage."""
+        if not any(value.any() for name, value in weights.items() if name.endswith(".lora_B")):
+            raise AdapterError(f"{self.name}: no expert has any effect (all B are zero); raise group.learning_rate")
         tensors = weights | self._buffers
         if self._level.encoder is None:
             table = UserTable(*tensors["user_table.weight"].shape)
             table.weight.data.copy_(tensors["user_table.weight"])
-            known = torch.from_numpy(np.flatnonzero(num_history(self.context.tokens) > 0))
-            if self._level.preset.gate == "double_softmax":  # `proper` trains the unknown user's line
-                table.set_unknown_user(known + 1)
+            table.settle(self._is_trained)
             tensors["user_table.weight"] = table.weight.detach()
         save_level(folder / "level.safetensors", tensors, self._level.description())
         level = GroupLevel.load(folder / "level.safetensors")

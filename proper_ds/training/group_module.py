@@ -65,8 +65,7 @@ class GroupModule(nn.Module):
         if self.encoder is not None:
             rows.user_RU = self.encoder(inputs.features_RF, inputs.known_R, inputs.block_R)
         else:
-            assert self._table is not None and inputs.line_R is not None, "table presets have a table"
-            rows.user_RU = self._table(inputs.line_R)
+            rows.user_RU = self._from_table(inputs)
         rows.gates = {}
         self.model.set_rows(rows)
         losses_K = self.model.target_losses(
@@ -93,6 +92,14 @@ class GroupModule(nn.Module):
         tokens = batch.length_R.sum() * inputs.weight
         about = numbers_of(ce=ce, tokens=tokens, constraint=constrained_X.sum(), gate_entropy=spread_X.sum())
         return loss, about
+
+    def _from_table(self, inputs: RankBatch) -> Tensor:
+        """User vectors [X, W]. A stand-in that weighs nothing asks for no line: a lookup counts as a step of it."""
+        assert self._table is not None and inputs.line_R is not None, "table presets have a table"
+        if inputs.weight:
+            return self._table(inputs.line_R)
+        none_0W = self._table(inputs.line_R[:0])  # a collective all the same
+        return none_0W.new_zeros(len(inputs.line_R), none_0W.shape[1])
 
     @staticmethod
     def _by_text(values_RTN: Tensor, inputs: RankBatch) -> Tensor:

@@ -16,6 +16,7 @@ from proper_ds.data.batches import Step, collate
 from proper_ds.data.indices import Indices
 from proper_ds.distributed.checkpoint import MARKER
 from proper_ds.distributed.engine import RankEngine
+from proper_ds.distributed.expert_parallel import ExpertGroups, TokenExchange, largest_size
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.files import atomic_path, seed_of
 from proper_ds.model.adapted import PersonalModel
@@ -53,7 +54,9 @@ class RouterStage(RankStage):
         config, settings, tokens = context.config, self.settings, context.tokens
         self._seed = seed_of(config.seed, self.name)
         self._path = context.folder.stage(f"group/{preset}").path / "level.safetensors"
-        self._level = GroupLevel.load(self._path).to(context.device)
+        groups = ExpertGroups.make(ranks, largest_size(config.distributed.expert_parallel_size, ranks.num_ranks))
+        held = groups.share(config.group.num_experts)
+        self._level = GroupLevel.load(self._path, held).to(context.device)
         self._old = {name: mixture.router for name, mixture in self._level.by_module().items()}
         self._level.add_lora_routers(self._seed)  # only these ask for gradients: the loaded level is frozen
         self._adapters = UserAdapters(context, preset)
@@ -65,7 +68,14 @@ class RouterStage(RankStage):
         num_slots = settings.per_device_train_batch_size
         self._slots = SlotBuffers(self._adapters.layout, num_slots, torch.float32, context.device, trainable=False)
         self._model.attach_users(self._slots.modules(), config.user.lora.lora_dropout)
-        self.module = GroupModule(self._model, self._level, config.group.lora.lora_dropout, 0.0, 0.0)
+        self.module = GroupModule(
+            self._model,
+            self._level,
+            config.group.lora.lora_dropout,
+            0.0,
+            0.0,
+            exchange=TokenExchange(groups) if groups.size > 1 else None,
+        )
         self._gates = GateLog(self.name, self.section, self._level)
         self.module.stats = self._gates.stats
         self._users = self._chosen_users()

@@ -171,9 +171,15 @@ def test_a_saved_level_comes_back_whole(tmp_path, preset, lora_aware):
 
 def test_unknown_users_get_the_mean_line():
     level = level_of("proper-released")
-    level.user_table.set_unknown_user(torch.tensor([1, 3]))
+    level.user_table.settle(torch.tensor([False, True, False, True, False]))
     table = level.user_table.weight
     assert torch.allclose(table[0], table[[1, 3]].mean(0))
+    assert torch.equal(table[2], table[0])
+    trained = level_of("proper-released").user_table
+    before = trained.weight.detach().clone()
+    trained.settle(torch.tensor([True, True, False, True, False]))
+    assert torch.equal(trained.weight[[0, 1, 3]], before[[0, 1, 3]])
+    assert torch.equal(trained.weight[[2, 4]], before[[0, 0]])
 
 
 def test_layout_of_targets_is_in_model_order():

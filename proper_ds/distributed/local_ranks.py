@@ -53,13 +53,11 @@ def run_local_ranks(entry: str, num_ranks: int, payload: dict[str, Any], timeout
                     process.join(timeout=2 if any(p.exitcode for p in ranks) else 0)
                     process.kill()
                 process.join()
+        errors = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.error"))[:1]]
         if lost:  # what the others say of it is only that somebody is gone
-            raise FleetError(
-                f"{entry} on {num_ranks} ranks: killed from outside, perhaps for memory: {', '.join(lost)}"
-            )
-        errors = sorted(folder.glob("*.error"))
+            errors.insert(0, f"ended, perhaps for memory: {', '.join(lost)}")
         if errors:
-            raise FleetError(f"{entry} failed on {num_ranks} ranks:\n{errors[0].read_text(encoding='utf-8')}")
+            raise FleetError(f"{entry} failed on {num_ranks} ranks:\n" + "\n".join(errors))
         results = [folder / f"{rank}.json" for rank in range(num_ranks)]
         if not all(path.exists() for path in results):
             raise FleetError(f"{entry} on {num_ranks} ranks did not end within {timeout_s:g} s")

@@ -1,7 +1,7 @@
 """The DeepSpeed engine of one stage on one rank: steps, and its state as plain tensors.
 
- State goes in and out through DeepSpeed's own tensor-fragment API, gathered to
-full tensors, so that a checkpoint holds no pickles and does not depend on the ZeRO stage or the number of ranks.
+State goes in and out through DeepSpeed's own tensor-fragment API, gathered to full tensors, so that a checkpoint holds
+no pickles and does not depend on the ZeRO stage or the number of ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
 from proper_ds.distributed.apart import Apart
@@ -20,6 +21,7 @@ from proper_ds.distributed.checkpoint import Checkpoint, Shard
 from proper_ds.distributed.clipping import NormHook, clip_factor
 from proper_ds.distributed.ds_config import zero_stage
 from proper_ds.distributed.ranks import Ranks
+from proper_ds.errors import ConfigError, Problem
 
 Tensor = torch.Tensor
 
@@ -38,6 +40,25 @@ def import_deepspeed(on_gpu: bool) -> Any:
     # compiler that training over gloo has no use for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def refuse_bad_values(ds_config: dict[str, Any], source: str, on_gpu: bool) -> None:
+    """Raise ConfigError for what DeepSpeed itself will not take in the ZeRO section: types, ranges, nested keys.
+
+    Called on ranks before anything is loaded: DeepSpeed would say it late, and as if a rank had been lost.
+    """
+    import_deepspeed(on_gpu)
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+    except ValidationError as error:
+        prefix = "distributed.deepspeed:zero_optimization"
+        problems = [
+            Problem(".".join([prefix, *map(str, each["loc"])]), f"{each['msg']} ({each['input']!r})", "Mend it there.")
+            for each in error.errors()
+        ]
+        raise ConfigError(source, problems) from None
 
 
 class RankEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def _levels(axis: Axes, name: str, curve: list[dict[str, Any]]) -> None:
     num = curve[0]["num_experts"]
     steps = [point["step"] for point in curve]
     lines = {
-        "entropy / log N": [point["entropy"] / math.log(num) for point in curve],
+        "entropy / highest": [point["entropy"] / max(point["highest_entropy"], 1e-9) for point in curve],
         "effective experts / N": [point["num_effective"] / num for point in curve],
         "users of the most liked expert": [point["top_share"] for point in curve],
     }

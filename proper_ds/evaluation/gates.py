@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 _NO_END: dict[str, Any] = {"end": None, "likeness": None, "problems": []}
@@ -38,7 +37,7 @@ def gate_rows(gates: dict[str, dict[str, Any]]) -> list[list[str]]:
         rows.append(
             [
                 name,
-                f"{last['entropy']:.3f} of {math.log(num):.3f}",
+                f"{last['entropy']:.3f} of {last['highest_entropy']:.3f}",
                 f"{last['num_effective']:.1f} of {num}",
                 f"{last['num_used']:.1f}",
                 f"{last['top_share']:.0%}",

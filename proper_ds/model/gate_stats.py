@@ -68,14 +68,15 @@ class GateStats:
         return texts, sums
 
 
-def gate_numbers(texts: Tensor, sums: Tensor, num_experts: int) -> dict[str, Any]:
+def gate_numbers(texts: Tensor, sums: Tensor, num_experts: int, num_blocks: int = 1) -> dict[str, Any]:
     """The numbers of some texts; of many ranks: their texts one after another, and their sums added up.
 
     Every user counts alike, however many texts they have; every text has one strongest expert in each module.
 
     Returns:
         num_users, num_texts: how many were seen.
-        entropy: of the gates, in nats; log N where uniform.
+        entropy: of the gates, in nats; `highest_entropy` where uniform: log N, or with blocks, of which a user has one,
+            the log of the experts of a block.
         num_effective: exp(entropy of the mean gates), mean over modules: N where all are used alike, 1 where one is.
         num_used: experts that are somebody's strongest, mean over modules.
         top_share: the share of users whose strongest expert is the most liked one, mean over modules.
@@ -95,6 +96,7 @@ def gate_numbers(texts: Tensor, sums: Tensor, num_experts: int) -> dict[str, Any
         "num_users": len(count),
         "num_texts": len(texts),
         "entropy": float(values[-1]) / len(texts),
+        "highest_entropy": math.log(num_experts // num_blocks),
         "num_effective": float(np.exp(-(gate_MN * logs_MN).sum(1)).mean()),
         "num_used": float((share_MN > 0).sum(1).mean()),
         "top_share": float(share_MN.max(1).mean()),
@@ -158,9 +160,7 @@ def likeness_numbers(cosine_KK: Tensor, chosen: Sequence[int]) -> dict[str, Any]
     }
 
 
-def gate_problems(
-    numbers: dict[str, Any], alike: dict[str, Any] | None, section: str, is_steered: bool, num_blocks: int = 1
-) -> list[str]:
+def gate_problems(numbers: dict[str, Any], alike: dict[str, Any] | None, section: str, is_steered: bool) -> list[str]:
     """What is wrong at the end of a stage, each with what to change; empty where experts are used as they should be.
 
     Args:
@@ -168,11 +168,10 @@ def gate_problems(
         alike: of `likeness_numbers`, where the stage trained the experts.
         section: the stage's section in the configuration.
         is_steered: whether constraint and balance reach the weights.
-        num_blocks: blocks of experts, of which a user has one.
     """
     num_experts, problems = numbers["num_experts"], []
     mends = _Mends(section, is_steered)
-    highest = math.log(num_experts // num_blocks)
+    highest = numbers["highest_entropy"]
     if highest and numbers["entropy"] > UNIFORM * highest:
         problems.append(
             f"gates stayed uniform (entropy {numbers['entropy']:.3f} of at most {highest:.3f}), so"

@@ -159,14 +159,15 @@ def fit_blocks(normal_UF: Tensor, num_blocks: int, seed: int) -> Tensor:
     Raises:
         ValueError: where there are fewer different users than blocks.
     """
+    num_different = len(normal_UF.unique(dim=0))
+    if num_different < num_blocks:
+        raise ValueError(f"only {num_different} users differ, too few for {num_blocks} blocks")
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(normal_UF), (1,), generator=generator))
     centres = [normal_UF[first]]
     nearest_U = torch.full((len(normal_UF),), torch.inf)
     for _ in range(num_blocks - 1):
         nearest_U = torch.minimum(nearest_U, torch.cdist(normal_UF, centres[-1].unsqueeze(0)).square().squeeze(1))
-        if not nearest_U.any():
-            raise ValueError(f"only {len(centres)} users differ, too few for {num_blocks} blocks")
         centres.append(normal_UF[int(torch.multinomial(nearest_U, 1, generator=generator))])
     centroids_BF = torch.stack(centres)
     for _ in range(_LLOYD_ROUNDS):

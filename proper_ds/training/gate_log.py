@@ -39,6 +39,10 @@ class GateLog:
         self.stats = GateStats(len(level.layout.modules), level.num_experts)
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_WINDOWS)
 
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self._level.num_experts, self._level.sizes.num_blocks or 1
+
     def numbers(self, ranks: Ranks) -> dict[str, Any]:
         """`gates`, over all ranks since the last call (see `gate_numbers`); a collective."""
         texts, sums = self.stats.take(ranks.device)
@@ -46,7 +50,7 @@ class GateLog:
         self._recent.append((texts.cpu(), sums.cpu()))
         while sum(len(other) for other, _ in self._recent) - len(self._recent[0][0]) >= NUM_JUDGED:
             self._recent.popleft()
-        return {"gates": gate_numbers(texts, sums, self._level.num_experts)}
+        return {"gates": gate_numbers(texts, sums, *self._sizes)}
 
     def finish(self, metrics: MetricsFile, experts: list[tuple[Tensor, Tensor]] | None) -> None:
         """Log how the stage ended, by its last texts, and warn of what is wrong. First rank only.
@@ -62,9 +66,8 @@ class GateLog:
         last, problems = None, []
         if self._recent:  # a stage resumed after its last step has run no text
             texts = torch.cat([texts for texts, _ in self._recent])
-            last = gate_numbers(texts, torch.stack([sums for _, sums in self._recent]).sum(0), self._level.num_experts)
-            num_blocks = self._level.sizes.num_blocks or 1
-            problems = gate_problems(last, alike, self._section, is_steered, num_blocks)
+            last = gate_numbers(texts, torch.stack([sums for _, sums in self._recent]).sum(0), *self._sizes)
+            problems = gate_problems(last, alike, self._section, is_steered)
         metrics.log(self._stage, event="experts", gates=last, likeness=alike, problems=problems)
         for problem in problems:
             metrics.log(self._stage, warning=problem)  # for the driver's terminal

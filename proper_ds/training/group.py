@@ -145,6 +145,9 @@ class GroupStage(RankStage):
                 centroids_BF = fit_blocks(encoder.normal(pooled_UF), num_blocks, self._seed)
             except ValueError as error:
                 raise UserError(f"group.num_blocks: {error}; lower it") from None
+            sizes = torch.bincount(torch.cdist(encoder.normal(pooled_UF), centroids_BF).argmin(1), minlength=num_blocks)
+            about = "%s: %d users in %d blocks, %d to %d a block"
+            get_logger().info(about, self.name, len(users), num_blocks, sizes.min(), sizes.max())
             with atomic_path(path) as temporary:
                 save_file({"centroids": centroids_BF.contiguous()}, temporary)
         self._ranks.barrier()

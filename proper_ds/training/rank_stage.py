@@ -20,7 +20,7 @@ from proper_ds.data.indices import Indices
 from proper_ds.distributed.apart import Apart
 from proper_ds.distributed.checkpoint import Checkpoint, Checkpoints
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
-from proper_ds.distributed.engine import RankEngine
+from proper_ds.distributed.engine import RankEngine, refuse_bad_values
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.distributed.sharded_base import holding
 from proper_ds.errors import ConfigError, FleetError
@@ -89,6 +89,7 @@ class RankStage(ABC):
         resolved, problems = resolve_ds(raw, self.section, settings, num_ranks, bf16, self.context.hidden_size)
         if problems:  # base.dtype `auto` is known only here
             raise ConfigError(f"{distributed.deepspeed} on {device.type}", problems)
+        refuse_bad_values(resolved, distributed.deepspeed, device.type == "cuda")
         return resolved
 
     @abstractmethod

@@ -30,7 +30,9 @@ from proper_ds.files import atomic_path, digest_of_file, write_json_atomic
 Tensor = torch.Tensor
 
 MARKER = "checkpoint.json"
+_MARKED = {"num_steps", "fingerprint", "about", "files", "shards"}
 _NAMES = "step-*-*"
+_ASIDE = "damaged-"
 _WHOLE, _ROWS = "whole/", "rows/"
 _WEIGHT = "weight/"
 
@@ -77,7 +79,12 @@ class Checkpoint:
         return self._shards[name]["num_rows"] if name in self._shards else 0
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of a tensor that was saved in shards, on the CPU, whoever wrote them."""
+        """Rows `start` to `stop` of a tensor that was saved in shards, on the CPU, whoever wrote them.
+
+        `stop` may be `start`, for a rank that holds none: an empty tensor of the right width.
+        """
+        if start == stop:
+            return self.rows(name, 0, 1)[:0]
         parts, here = [], start
         for first, last, number in self._shards[name]["parts"]:
             if first <= here < min(last, stop):
@@ -156,14 +163,12 @@ class Checkpoints:
         damaged file is put aside, and the one before it taken; `warnings` tells.
 
         Raises:
-            FleetError: where every checkpoint is damaged; on the first rank, whose end is that of all.
+            FleetError: where every checkpoint is damaged, now or at an earlier call; on the first rank, whose end is
+                that of all.
             UserError: where this rank does not see the first rank's files.
         """
         if ranks.is_first:
-            complete = {path.name for path in self._complete()}
-            for path in self.folder.glob(_NAMES):
-                if path.name not in complete:
-                    _remove(path)
+            self._clear_up()
         while True:
             newest = self._complete()[-1:] if ranks.is_first else []  # the first rank says which
             num_steps, token = ranks.gather(_numbers(newest[0]) if newest else [-1, -1])[0]
@@ -174,20 +179,34 @@ class Checkpoints:
             if not ranks.sum([float(any(checkpoint.damage(number) for number in mine))])[0]:
                 return checkpoint
             if ranks.is_first:
-                self.warnings += filter(None, (checkpoint.damage(number) for number in range(len(checkpoint.files))))
-                checkpoint.folder.rename(checkpoint.folder.with_name(f"damaged-{checkpoint.folder.name}"))
-        if ranks.is_first and self.warnings:
-            what = "; ".join(self.warnings)
+                self._put_aside(checkpoint.folder)
+        if ranks.is_first and (aside := self._all_aside()):
+            what = "; ".join(damage for folder in aside for damage in _damages(folder))
             raise FleetError(f"no checkpoint is whole: {what}. Delete {self.folder} to start the stage over")
         return None
 
+    def _clear_up(self) -> None:
+        """Remove half-written checkpoints, and put those aside that do not even say of which inputs they are."""
+        for path in list(self.folder.glob(_NAMES)):
+            marker = _marker(path)
+            if marker is None:
+                _remove(path)
+            elif not marker:
+                self._put_aside(path)
+
+    def _put_aside(self, folder: Path) -> None:
+        """Keep a damaged checkpoint for people to look at, and so that no later start begins over unasked."""
+        self.warnings += _damages(folder.rename(folder.with_name(_ASIDE + folder.name)))
+
+    def _all_aside(self) -> list[Path]:
+        """Folders of damaged checkpoints of these inputs, or of unknown ones."""
+        found = sorted(self.folder.glob(_ASIDE + _NAMES))
+        return [path for path in found if (_marker(path) or {}).get("fingerprint") in (self._fingerprint, None)]
+
     def _open(self, folder: Path) -> Checkpoint:
-        try:
-            return Checkpoint(folder, json.loads((folder / MARKER).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} is not seen by all ranks; output_dir must be on storage that all nodes share"
-            ) from None
+        if marker := _marker(folder):
+            return Checkpoint(folder, marker)
+        raise UserError(f"{folder} is not seen by all ranks; output_dir must be on storage that all nodes share")
 
     def newest_step(self) -> int:
         """Optimizer steps in the newest checkpoint of these inputs, 0 without; for whoever is no rank."""
@@ -195,15 +214,27 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         """Folders of complete checkpoints of these inputs, oldest first."""
-        return [path for path in sorted(self.folder.glob(_NAMES)) if _fingerprint(path) == self._fingerprint]
+        markers = {path: _marker(path) or {} for path in sorted(self.folder.glob(_NAMES))}
+        return [path for path, marker in markers.items() if marker.get("fingerprint") == self._fingerprint]
 
 
-def _fingerprint(folder: Path) -> str | None:
-    """Of what a checkpoint's inputs were; None where it is not complete, or just being removed."""
+def _marker(folder: Path) -> dict[str, Any] | None:
+    """A checkpoint's last write; None where it is not complete, or just being removed; empty where it is damaged."""
     try:
-        return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["fingerprint"])
+        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError:  # no JSON, or no UTF-8
+        return {}
+    return found if isinstance(found, dict) and found.keys() >= _MARKED else {}
+
+
+def _damages(folder: Path) -> list[str]:
+    """What is wrong with the files of a damaged checkpoint."""
+    if not (marker := _marker(folder)):
+        return [f"{folder / MARKER} is not what was written"]
+    checkpoint = Checkpoint(folder, marker)
+    return [damage for number in range(len(checkpoint.files)) if (damage := checkpoint.damage(number))]
 
 
 def _file_of(rank: int) -> str:

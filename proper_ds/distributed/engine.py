@@ -7,6 +7,7 @@ no pickles and does not depend on the ZeRO stage or the number of ranks.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from proper_ds.distributed.checkpoint import Checkpoint, Shard
 from proper_ds.distributed.clipping import NormHook, clip_factor
 from proper_ds.distributed.ds_config import zero_stage
 from proper_ds.distributed.ranks import Ranks
-from proper_ds.errors import ConfigError, Problem
+from proper_ds.errors import ConfigError, FleetError, Problem
 
 Tensor = torch.Tensor
 
@@ -78,8 +79,8 @@ class RankEngine:
         self._zero_stage = zero_stage(ds_config)
         self._accumulation = int(ds_config["gradient_accumulation_steps"])
         self._apart, self._max_norm = apart, float(ds_config["gradient_clipping"])
-        if apart and not self._zero_stage:
-            ds_config = ds_config | {"gradient_clipping": 0.0}  # without ZeRO the engine clips here, by the common norm
+        if not self._zero_stage:
+            ds_config = ds_config | {"gradient_clipping": 0.0}  # DeepSpeed would tell no norm: it is clipped here
         if ds_config["bf16"]["enabled"] and any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
             for parameter in self._trained.values():  # DeepSpeed does so where it partitions the whole module itself
                 parameter.data = parameter.data.bfloat16()
@@ -101,6 +102,10 @@ class RankEngine:
 
         Losses are divided by what the whole global batch holds, so they are summed over ranks and micro-batches;
         DeepSpeed averages over both, which is undone here.
+
+        Raises:
+            FleetError: where loss or gradients are not finite. DeepSpeed's weights may have been updated then: the
+                engine is of no more use, and must not be saved.
         """
         assert len(batches) == self._accumulation, "one batch for each accumulation step"
         for group in self._optimizer.param_groups:
@@ -110,28 +115,37 @@ class RankEngine:
         for number, batch in enumerate(batches, start=1):
             loss, numbers = self._engine(batch)
             self._engine.backward(loss * (self.ranks.num_ranks * self._accumulation))
-            if self._apart and number == len(batches):
+            if number == len(batches):
                 norm = self._common_norm()
             self._engine.step()
             for name, value in numbers.items():
                 logged[name] = logged[name] + value if name in logged else value
+        if self._zero_stage:
+            norm = float(self._engine.get_global_grad_norm())
+        found = {name: float(value) for name, value in logged.items()} | {"grad_norm": norm}
+        if norm < 0 or not all(map(math.isfinite, found.values())):  # DeepSpeed may tell such a norm as -1
+            told = ", ".join(f"{name} {value}" for name, value in found.items())
+            raise FleetError(
+                f"loss or gradients are not finite ({told}); lower learning_rate or max_grad_norm, or look for broken"
+                " text in the data"
+            )
         if self._hook is not None:
             self._hook.take()
-        if self._hook is not None or not self._apart:
-            found = self._engine.get_global_grad_norm()
-            norm = float(found) if found is not None else 0.0
         for apart in self._apart:
             apart.step(learning_rate, clip_factor(norm, self._max_norm) / self.ranks.num_ranks)
-        return {name: float(value) for name, value in logged.items()} | {"grad_norm": norm}
+        return found
 
     def _common_norm(self) -> float:
-        """Tell DeepSpeed's clipping of the gradients beside it; without ZeRO, clip here and return the norm."""
-        square = torch.stack([apart.reduce() for apart in self._apart]).sum()
-        if self.ranks.num_ranks > 1:
-            dist.all_reduce(square)
-        square = square / self.ranks.num_ranks**2  # backward ran on the loss times the number of ranks
+        """Tell ZeRO's clipping of the gradients beside its own; without ZeRO, clip here and return the norm."""
+        square = torch.zeros((), device=self.ranks.device)
+        if self._apart:
+            square = torch.stack([apart.reduce() for apart in self._apart]).sum()
+            if self.ranks.num_ranks > 1:
+                dist.all_reduce(square)
+            square = square / self.ranks.num_ranks**2  # backward ran on the loss times the number of ranks
         if self._hook is not None:
             self._hook.give(square)
+        if self._zero_stage:
             return 0.0
         grads = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         norm = float((square + sum(grad.square().sum() for grad in grads)).sqrt())
@@ -140,12 +154,16 @@ class RankEngine:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Full fp32 weights and AdamW moments of all trained parameters, on the CPU; a collective."""
+        """Full fp32 weights and AdamW moments of all trained parameters, on the first rank's CPU; a collective.
+
+        All ranks gather each of them; only the first, which writes them, copies them to host memory. {} on the others.
+        """
         found: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():
-            found[f"weight/{name}"] = self._read(parameter, None)
-            for moment in MOMENTS:
-                found[f"{moment}/{name}"] = self._read(parameter, moment)
+            for kind, moment in (("weight", None), *((moment, moment) for moment in MOMENTS)):
+                value = self._read(parameter, moment)
+                if self.ranks.is_first:
+                    found[f"{kind}/{name}"] = value.float().cpu().clone()
         return found
 
     def shards(self) -> list[Shard]:
@@ -187,7 +205,7 @@ class RankEngine:
             found = self._utils.safe_get_full_fp32_param(parameter)
         else:
             found = self._utils.safe_get_full_optimizer_state(parameter, moment)
-        return found.detach().float().cpu().clone()
+        return found.detach()
 
     def _write(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
         value = value.to(self.ranks.device)

@@ -161,9 +161,8 @@ class UserRows:
     def restore(self, read: ReadRows, num_steps: int) -> None:
         """See Apart. Users who sit already, for the step to come, get their restored rows."""
         start, stop = self._start, self._start + len(self.rows_SP)
-        if stop > start:
-            self.rows_SP = read(NAME, start, stop)
-            self._moments = [read(f"{kind}/{NAME}", start, stop) for kind in ("exp_avg", "exp_avg_sq")]
-            self.num_steps_S = read(f"num_steps/{NAME}", start, stop)
+        self.rows_SP = read(NAME, start, stop)
+        self._moments = [read(f"{kind}/{NAME}", start, stop) for kind in ("exp_avg", "exp_avg_sq")]
+        self.num_steps_S = read(f"num_steps/{NAME}", start, stop)
         for user in self._slot_of:
             self._load(user)

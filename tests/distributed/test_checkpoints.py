@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper_ds.distributed import checkpoint as module
+from proper_ds.distributed.apart import AdamSettings
 from proper_ds.distributed.checkpoint import MARKER, Checkpoints, Shard
 from proper_ds.distributed.ranks import Ranks, current_ranks
+from proper_ds.distributed.user_table import ShardedTable
 from proper_ds.errors import FleetError, UserError
 from tests.distributed.gang import run_ranks
 
@@ -57,9 +59,10 @@ def test_the_newest_few_are_kept(tmp_path):
     assert folders(tmp_path) == [20]
 
 
-def test_a_checkpoint_of_other_inputs_is_not_used(tmp_path):
+def test_a_checkpoint_of_other_inputs_is_neither_used_nor_removed(tmp_path):
     save(keep(tmp_path), 4)
     assert keep(tmp_path, fingerprint="others").latest(ALONE) is None
+    assert_newest(tmp_path, 4)
 
 
 @pytest.mark.parametrize("killed_in", ["save_file", "write_json_atomic"])
@@ -102,12 +105,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, how
     assert_newest(tmp_path, 8)
 
 
+@pytest.mark.parametrize("marker", [b'{"num_steps": 8, "fing', b"\xff\xfe{}", b'{"num_steps": 8}', b"[]", b""])
+def test_a_damaged_marker_is_a_damaged_checkpoint_to_ranks_and_driver(tmp_path, marker):
+    save(keep(tmp_path), 4, 8)
+    (path,) = tmp_path.glob(f"step-00000008-*/{MARKER}")
+    path.write_bytes(marker)
+    assert keep(tmp_path).newest_step() == 4
+    assert_newest(tmp_path, 4, [MARKER])
+    for path in tmp_path.glob(f"*/{MARKER}"):
+        path.write_bytes(marker)
+    for _ in range(2):
+        with pytest.raises(FleetError, match="no checkpoint is whole"):
+            keep(tmp_path).latest(ALONE)
+
+
 def test_where_all_are_damaged_nothing_starts_over_unasked(tmp_path):
     save(keep(tmp_path), 4, 8)
     damage(tmp_path, 4, "flipped")
     damage(tmp_path, 8, "cut")
-    with pytest.raises(FleetError, match=r"step-00000008.*Delete .* to start the stage over"):
-        keep(tmp_path).latest(ALONE)
+    for _ in range(2):
+        with pytest.raises(FleetError, match=r"step-00000004.*step-00000008.*Delete .* to start the stage over"):
+            keep(tmp_path).latest(ALONE)
 
 
 def table():
@@ -125,10 +143,15 @@ def write_shards(folder):
     shards = [Shard("table/x", table()[start:stop], start, NUM_ROWS)]
     shards.append(Shard("few", table()[min(ranks.rank, 2) : 2][:1], min(ranks.rank, 2), 2))
     shards.append(Shard("everywhere", table(), 0, NUM_ROWS))
+    users, others = (ShardedTable(4, 3, seed, ranks, AdamSettings((0.9, 0.999), 1e-8, 0.0)) for seed in (1, 2))
     whole = {"weight": torch.ones(2)} if ranks.is_first else {}
-    keep(folder).save(4, whole, shards, ABOUT, ranks)
+    keep(folder).save(4, whole, shards + users.shards(), ABOUT, ranks)
     found = keep(folder).latest(ranks)
     assert found is not None
+    others.restore(found.rows, 4)  # the last rank holds no line
+    for one, other in zip(users.shards(), others.shards(), strict=True):
+        assert len(one.tensor) == (2 if ranks.rank < 2 else 0)
+        assert torch.equal(one.tensor, other.tensor), one.name
     return found.rows("table/x", 0, NUM_ROWS), found.num_rows("table/x")
 
 
@@ -145,7 +168,7 @@ def sharded(tmp_path_factory):
 @given(st.data())
 def test_shards_of_three_ranks_are_read_by_any_rows(sharded, data):
     start = data.draw(st.integers(0, NUM_ROWS - 1))
-    stop = data.draw(st.integers(start + 1, NUM_ROWS))
+    stop = data.draw(st.integers(start, NUM_ROWS))
     found = keep(sharded).latest(ALONE)
     assert found is not None
     for name in ("table/x", "everywhere"):

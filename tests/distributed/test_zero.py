@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.expert_parallel import ExpertGroups
 from proper_ds.distributed.ranks import current_ranks
+from proper_ds.errors import FleetError
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
@@ -111,9 +113,24 @@ def train_ranks(kind, zero, start, stop, folder):
             engine.restore(checkpoint, batches[0])
         numbers = engine.step(batches, SETTINGS.learning_rate)
         losses.append(ranks.sum([numbers["ce"]])[0])
-    checkpoints.save(stop, engine.state(), engine.shards(), {}, ranks)
+    state = engine.state()
+    assert bool(state) == ranks.is_first, "only the first rank writes them"
+    checkpoints.save(stop, state, engine.shards(), {}, ranks)
+    if stop == NUM_STEPS:
+        refuse_what_is_not_finite(engine, batches, ranks)
     engine.close()
     return losses, checkpoints.latest(ranks).weights()
+
+
+def refuse_what_is_not_finite(engine, batches, ranks):
+    """One rank's last micro-batch is broken; no rank goes on, and nothing is trained apart by it."""
+    before = engine.shards()
+    if ranks.rank == ranks.num_ranks - 1:
+        batches[-1].weight = math.inf
+    with pytest.raises(FleetError, match=r"not finite .*grad_norm"):
+        engine.step(batches, SETTINGS.learning_rate)
+    for old, new in zip(before, engine.shards(), strict=True):
+        assert old.name == "recent_shares" or torch.equal(old.tensor, new.tensor), old.name
 
 
 def all_stages(kind, stages, folder):

@@ -225,6 +225,11 @@ def test_a_fleet_needs_actors(load, number):
     assert set(problems(load, f"fleet.num_actors={number}")) == {"fleet.num_actors"}
 
 
+def test_routers_do_not_read_everybodys_adapter_unless_told_to(load):
+    assert load().router.max_users == 10_000
+    assert load(GOOD, "router.max_users=null").router.max_users is None
+
+
 def test_released_groups_need_every_users_history(load):
     assert "history" in problems(load, "group.train_on=[queries]")["group.train_on"]
     assert load(GOOD, "group.train_on=[queries]", "evaluation.methods=[base, proper]")

@@ -3,7 +3,8 @@
 Each set that is begun gets a store under a name of its own, so that a worker left over from an earlier attempt, which
 knows the store it was started for, can never write into a later one. The pointer moves with the folder, so that what
 is superseded, updated or forgotten keeps finding its adapters. Every reader and writer of a run's store opens it here;
-`pipeline/run.py` writes the pointer, and the joint stage anew where it starts over. Sets made before there were pointers have their store in the folder itself.
+`pipeline/run.py` writes the pointer, and the joint stage another where it starts over. Sets made before there were
+pointers have their store in the folder itself.
 
 Stores outside the run are also on a list in its root: they outlive the folders that point to them.
 """

@@ -104,7 +104,8 @@ class Run:
         """Without `train_batch_size` the global batch follows the number of ranks, which makes no result anew."""
         section = "joint" if stage.name.endswith("-joint") else stage.step
         now = getattr(self.config, section).global_batch_size(self.config.distributed.num_ranks)
-        was = (self.folder.stage(stage.name).inputs() or {})["made_from"].get("train_batch_size", now)
+        made_from = (self.folder.stage(stage.name).inputs() or {}).get("made_from", {})
+        was = made_from.get("train_batch_size", now)  # results of earlier versions do not say
         if was != now:
             warning = (
                 "%s: kept, though it had %d examples in an optimizer step, which the configuration now makes %d; %s"

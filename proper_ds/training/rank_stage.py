@@ -270,7 +270,8 @@ def _say_how_large(stage: RankStage, num: int, number: int, metrics: MetricsFile
     key, limit = f"{stage.section}.per_device_train_batch_size", stage.settings.per_device_train_batch_size
     warning = (
         f"step {number} has {num} examples at once on one rank, more than {key} {limit}: so many belong to users it"
-        " holds; if memory is short, lower that setting, for more and smaller micro-batches"
+        f" holds; if memory is short, lower it beside a {stage.section}.train_batch_size: micro-batches are more then,"
+        " and smaller"
     )
     get_logger().warning("%s: %s", stage.name, warning)
     metrics.log(stage.name, warning=warning)

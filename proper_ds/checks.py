@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proper_ds.data.config import DataConfig
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.config import BaseConfig
+from proper_ds.section import Section
 from proper_ds.training.config import OptimSettings, RankTraining, UserConfig
 from proper_ds.training.schedule import wrong_kwargs
 
@@ -50,20 +50,17 @@ def _data(config: RunConfig) -> list[Problem]:
         idle = sorted(name for name in data.model_fields_set - used if _changed(data, name))
         mend = "It belongs to `proper-ds data prepare`; remove it here."
         problems += [Problem(f"data.{name}", "has no effect on prepared data", mend) for name in idle]
-    queries_taught = any("queries" in stage.train_on for _, stage in _rank_stages(config))
-    if data.train_split == config.evaluation.split and queries_taught:
-        problems.append(
-            Problem(
-                "evaluation.split",
-                f"{data.train_split!r} is also data.train_split, whose answers are trained on",
-                "Evaluate on another split, or set `train_on: [history]` in population, group and router.",
-            )
-        )
+    taught = [name for name, stage in _trained_stages(config) if "queries" in stage.train_on]
+    if data.train_split == config.evaluation.split and taught:
+        wrong = f"{data.train_split!r} is also data.train_split, whose answers are trained on"
+        mend = f"Evaluate on another split, or set `train_on: [history]` in {', '.join(taught)}."
+        problems.append(Problem("evaluation.split", wrong, mend))
     return problems
 
 
-def _changed(data: DataConfig, name: str) -> bool:
-    return getattr(data, name) != DataConfig.model_fields[name].get_default()
+def _changed(section: Section, name: str) -> bool:
+    """Unlike `model_fields_set`, this is the same when a written configuration, which has all keys, is loaded again."""
+    return bool(getattr(section, name) != type(section).model_fields[name].get_default())
 
 
 def _base(base: BaseConfig) -> list[Problem]:
@@ -95,6 +92,18 @@ def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
         ("router", config.router),
         ("joint", config.joint),
     ]
+
+
+def _trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
+    """Those of the stages on ranks that the methods need."""
+    needs = needs_of(config.evaluation.methods)
+    is_needed = {
+        "population": needs.population,
+        "group": bool(needs.presets),
+        "router": bool(needs.routers),
+        "joint": bool(needs.joints),
+    }
+    return [(name, stage) for name, stage in _rank_stages(config) if is_needed[name]]
 
 
 def _global_batches(config: RunConfig) -> list[Problem]:
@@ -250,6 +259,10 @@ def _methods(config: RunConfig) -> list[Problem]:
     if "proper-released" in needs.presets and "history" not in config.group.train_on:
         wrong = "without `history`, but proper-released has a row for each user, and would leave most of them untrained"
         problems.append(Problem("group.train_on", wrong, "Add `history`, or drop the released methods."))
+    for name in sorted(type(config.joint).model_fields) if not needs.joints else []:
+        if _changed(config.joint, name):
+            mend = "Remove it, or add proper-joint to evaluation.methods."
+            problems.append(Problem(f"joint.{name}", "has no effect without method proper-joint", mend))
     if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:
         mend = "Remove it, or use `closed_labels: score`."
         problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))
@@ -296,7 +309,7 @@ def _deepspeed(config: RunConfig) -> list[Problem]:
         return [Problem(key, str(error), "Give the path of a DeepSpeed JSON, such as ds_configs/zero2.json.")]
     bf16 = config.base.dtype == "bfloat16" or (config.base.dtype == "auto" and _bf16_given(raw))
     found: dict[str, Problem] = {}
-    for name, stage in _rank_stages(config):
+    for name, stage in _trained_stages(config):
         _, problems = resolve_ds(raw, name, stage, config.distributed.num_ranks, bf16)
         for problem in problems:
             found.setdefault(problem.key, problem)

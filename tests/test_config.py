@@ -96,6 +96,26 @@ def test_options_without_effect_are_mistakes(load):
     assert "no effect on prepared data" in problems(load, raw=raw)["data.task"]
     found = problems(load, "evaluation.closed_labels=generate", "evaluation.ordinal=median")
     assert "no effect on generated answers" in found["evaluation.ordinal"]
+    assert "no effect without method proper-joint" in problems(load, "joint.max_users=5")["joint.max_users"]
+    with_joint = "evaluation.methods=[proper,proper-joint]"
+    assert load(GOOD, "joint.max_users=5", with_joint).joint.max_users == 5
+
+
+def test_stages_that_no_method_needs_contradict_nothing(load, tmp_path):
+    same_split = [f"{section}.train_on=[history]" for section in ("population", "group", "router")]
+    assert load(GOOD, "evaluation.split=train", *same_split)
+    found = problems(load, "evaluation.split=train", *same_split, "evaluation.methods=[proper,proper-joint]")
+    assert found["evaluation.split"].endswith("`train_on: [history]` in joint.")
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5}))
+    agreeing = [
+        f"{section}.{key}"
+        for section in ("population", "group", "router")
+        for key in ("per_device_train_batch_size=4", "max_grad_norm=0.5")
+    ]
+    assert load(GOOD, f"distributed.deepspeed={path}", *agreeing)
+    found = problems(load, f"distributed.deepspeed={path}", *agreeing, "evaluation.methods=[proper,proper-joint]")
+    assert "section `joint` makes it 1.0" in found["distributed.deepspeed:gradient_clipping"]
 
 
 def test_a_global_batch_is_said_once_and_gives_every_rank_an_example(load):
@@ -203,6 +223,11 @@ def test_constraints_name_one_version_each_and_agree_with_pyproject():
 @pytest.mark.parametrize("number", ["0", "-2", "many"])
 def test_a_fleet_needs_actors(load, number):
     assert set(problems(load, f"fleet.num_actors={number}")) == {"fleet.num_actors"}
+
+
+def test_routers_do_not_read_everybodys_adapter_unless_told_to(load):
+    assert load().router.max_users == 10_000
+    assert load(GOOD, "router.max_users=null").router.max_users is None
 
 
 def test_released_groups_need_every_users_history(load):

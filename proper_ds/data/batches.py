@@ -145,6 +145,11 @@ class Step:
     num_targets: int
     num_rows: int
 
+    @property
+    def largest(self) -> int:
+        """Examples of the largest micro-batch of any rank."""
+        return max(len(part) for parts in self.micro for part in parts)
+
 
 class StepPlan:
     """Which rank sees which examples in which step.

@@ -147,9 +147,9 @@ class GroupLevel(nn.Module):
         self.lora_aware = True
         return trained
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, section: str) -> None:
         """Write all weights and what is needed to rebuild them; see `save_level`."""
-        save_level(path, self.state_dict(), self.description())
+        save_level(path, self.state_dict(), self.description(), section)
 
     def description(self) -> dict[str, Any]:
         """What is needed to rebuild the level, besides its weights."""
@@ -183,12 +183,17 @@ class GroupLevel(nn.Module):
         return level
 
 
-def save_level(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
-    """Write a group level's file; all or nothing. Raises AdapterError where a weight is not finite."""
+def save_level(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any], section: str) -> None:
+    """Write a group level's file; all or nothing. Raises AdapterError where a weight is not finite.
+
+    Args:
+        about: see `GroupLevel.description`.
+        section: of the stage that trained it, for the message.
+    """
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
-        raise AdapterError(f"group level: weights are not finite in {bad[0]}; lower group.learning_rate")
+        raise AdapterError(f"group level: weights are not finite in {bad[0]}; lower {section}.learning_rate")
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"group_level": json.dumps(about)})
 

@@ -51,8 +51,11 @@ def item_features(state_KD: Tensor, logits_KV: Tensor, target_K: Tensor, row_K: 
     return torch.zeros(num_rows, 2 * width, device=both_KF.device).index_add_(0, row_K, both_KF)
 
 
-def pooled(sum_F: Tensor, count: int) -> Tensor:
-    """A user's features [F] from the sum over `count` items, shrunk towards 0 by how little evidence there is."""
+def pooled(sum_F: Tensor, count: int | Tensor) -> Tensor:
+    """A user's features [F] from the sum over `count` items, shrunk towards 0 by how little evidence there is.
+
+    Of many users at once, where the sums are [U, F] and the counts [U, 1].
+    """
     return sum_F / (count + PRIOR_ITEMS)
 
 
@@ -91,7 +94,8 @@ class UserEncoder(nn.Module):
 
     def blocks(self, features_RF: Tensor) -> Tensor:
         """The block [R] of users by the features of their whole history: the nearest centroid's."""
-        return torch.cdist(self.normal(features_RF), self.centroids).argmin(1)
+        exact = "donot_use_mm_for_euclid_dist"  # the other way rounds otherwise, by how many are asked for at once
+        return torch.cdist(self.normal(features_RF), self.centroids, compute_mode=exact).argmin(1)
 
     def forward(self, features_RF: Tensor, known_R: Tensor, block_R: Tensor | None = None) -> Tensor:
         """User vectors [R, U]; with blocks [R, U + B], the block as a one-hot behind the rest.

@@ -97,6 +97,21 @@ class Run:
         for stage in self.stages:
             if stage.kept_since:
                 get_logger().info("%s: kept as it was made on %s, from earlier data", stage.name, stage.kept_since)
+            if stage.where == "ranks" and self._is_done(stage):
+                self._say_other_batch(stage)
+
+    def _say_other_batch(self, stage: Stage) -> None:
+        """Without `train_batch_size` the global batch follows the number of ranks, which makes no result anew."""
+        section = "joint" if stage.name.endswith("-joint") else stage.step
+        now = getattr(self.config, section).global_batch_size(self.config.distributed.num_ranks)
+        made_from = (self.folder.stage(stage.name).inputs() or {}).get("made_from", {})
+        was = made_from.get("train_batch_size", now)  # results of earlier versions do not say
+        if was != now:
+            warning = (
+                "%s: kept, though it had %d examples in an optimizer step, which the configuration now makes %d; %s"
+            )
+            mend = f"set {section}.train_batch_size, which is the same on any number of ranks"
+            get_logger().warning(warning, stage.name, was, now, mend)
 
     def cluster(self) -> Cluster:
         """The Ray cluster; joined or started when the first stage needs it."""

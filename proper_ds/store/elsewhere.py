@@ -3,7 +3,8 @@
 Each set that is begun gets a store under a name of its own, so that a worker left over from an earlier attempt, which
 knows the store it was started for, can never write into a later one. The pointer moves with the folder, so that what
 is superseded, updated or forgotten keeps finding its adapters. Every reader and writer of a run's store opens it here;
-`pipeline/run.py` writes the pointer. Sets made before there were pointers have their store in the folder itself.
+`pipeline/run.py` writes the pointer, and the joint stage another where it starts over. Sets made before there were
+pointers have their store in the folder itself.
 
 Stores outside the run are also on a list in its root: they outlive the folders that point to them.
 """
@@ -80,7 +81,7 @@ def point_to(folder: Path, location: str | None) -> None:
     Raises:
         StoreError: where the folder's adapters lie elsewhere already.
     """
-    root, found = folder.parent.parent, _pointer_of(folder)
+    found = _pointer_of(folder)
     wanted = _absolute(location.rstrip("/")) if location is not None else None
     if "location" in found:
         parent = _absolute(str(found["location"])).rsplit("/", 1)[0]
@@ -100,7 +101,26 @@ def point_to(folder: Path, location: str | None) -> None:
         return
     if found and wanted is None:
         return
-    token = uuid.uuid4().hex[:8]
+    _point_to_new(folder, wanted)
+
+
+def start_over(folder: Path) -> None:
+    """Give a set a new, empty store beside the one it has, where that one holds anything; nothing is deleted.
+
+    For what is trained whole: adapters of a training that was broken off must not stand beside those of the next one.
+
+    Raises:
+        StoreError: where the store is not where it was.
+    """
+    if not open_store(folder).catalog.has_anything():
+        return
+    found = _pointer_of(folder)
+    assert found, "a set that was begun has a pointer"
+    _point_to_new(folder, str(found["location"]).rsplit("/", 1)[0] if "location" in found else None)
+
+
+def _point_to_new(folder: Path, wanted: str | None) -> None:
+    root, token = folder.parent.parent, uuid.uuid4().hex[:8]
     if wanted is None:
         name = f"adapters-{token}"
         _mark(folder / name)

@@ -47,6 +47,8 @@ class RankTraining(OptimSettings):
     """A stage that runs on ranks under DeepSpeed."""
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Examples that a rank runs at once. They can be more where examples must go to certain ranks (`group.num_blocks`
+    with expert parallelism, `joint`) and a step has many for the same; a warning says how many."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     train_batch_size: int | None = Field(default=None, ge=1)
     """Examples of one optimizer step over all ranks, whatever their number; ranks then accumulate as often as it takes.
@@ -186,8 +188,8 @@ class RouterConfig(RankTraining):
     train_on: list[Examples] = ["queries"]
     users: Users = "train"
     """Whose examples and adapters teach the router."""
-    max_users: int | None = Field(default=None, ge=1)
-    """Learn from a sample of so many users."""
+    max_users: int | None = Field(default=10_000, ge=1)
+    """Learn from a sample of so many users; null for all. Their adapters are read once before the first step."""
     max_damaged_share: float = Field(default=0.01, ge=0, le=1)
     """Users whose stored adapter cannot be read are left out, with a warning; with more of them the run ends."""
 

@@ -6,7 +6,7 @@ Shapes: I history items, F feature size, U users of a unit, B bytes of a digest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from proper_ds.data.batches import collate, length_batches
 from proper_ds.data.tokens import Example
 from proper_ds.files import atomic_path
 from proper_ds.model.adapted import PersonalModel
-from proper_ds.model.user_vectors import PRIOR_ITEMS, item_features
+from proper_ds.model.user_vectors import PRIOR_ITEMS, item_features, pooled
 from proper_ds.run_folder import RunFolder, StageFolder
 
 Tensor = torch.Tensor
@@ -129,6 +129,12 @@ class FeatureData:
         """Features [I, F] of all history items of a user."""
         unit, row = self._locate(user)
         return self._unit(unit)["items"][int(self._offsets[unit][row]) : int(self._offsets[unit][row + 1])]
+
+    def all_pooled(self) -> Iterator[Tensor]:
+        """Pooled features [U, F] of all users in order, a unit at a time."""
+        for unit in range(len(self._paths)):
+            counts = torch.from_numpy(self._counts[unit])
+            yield pooled(self._read(unit, "sums"), counts.unsqueeze(1))
 
     def mean_and_std(self, users: np.ndarray) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [F] over the pooled features of the masked `users` that have history."""

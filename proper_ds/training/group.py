@@ -128,8 +128,8 @@ class GroupStage(RankStage):
         """See RankStage."""
         num_blocks = self._level.sizes.num_blocks
         assert num_blocks is not None
-        users = self.context.tokens.users_of(indices).tolist()
-        found: np.ndarray = self._inputs.blocks(users).numpy() * self._groups.size // num_blocks
+        users = self.context.tokens.users_of(indices)
+        found: np.ndarray = self._inputs.blocks(users) * self._groups.size // num_blocks
         return found
 
     def _centroids(self, features: FeatureData, num_blocks: int) -> Tensor:
@@ -198,7 +198,7 @@ class GroupStage(RankStage):
             table.weight.data.copy_(tensors["user_table.weight"])
             table.settle(self._is_trained)
             tensors["user_table.weight"] = table.weight.detach()
-        save_level(folder / "level.safetensors", tensors, self._level.description())
+        save_level(folder / "level.safetensors", tensors, self._level.description(), self.section)
         level = GroupLevel.load(folder / "level.safetensors")
         self._write_experts(level, folder / EXPERTS)
         self._gates.finish(MetricsFile(self.context.folder.metrics), level.expert_weights())

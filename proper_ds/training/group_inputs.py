@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from proper_ds.data.tokens import HISTORY, Example
 from proper_ds.model.groups import GroupLevel
-from proper_ds.model.user_vectors import pooled
+from proper_ds.model.user_vectors import UserEncoder, pooled
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
 from proper_ds.training.rank_batch import RankBatch, example_seed
@@ -28,9 +26,11 @@ class GroupInputs:
         self._device = context.device
         self._forget, self._history_dropout, self._seed = forget, history_dropout, seed
         self._history, self._num_lines = num_history(context.tokens), level.sizes.num_users
-        self._encoder = level.encoder
         folder = context.folder.stage("features").path
         self.features = FeatureData(folder) if level.encoder is not None else None
+        self._block_U: np.ndarray | None = None
+        if self.features is not None and level.encoder is not None and len(level.encoder.centroids):
+            self._block_U = all_blocks(level.encoder, self.features)
 
     def fill(self, made: RankBatch, number: int) -> None:
         """Add to a batch what the routers need.
@@ -49,14 +49,14 @@ class GroupInputs:
         known = [count > 0 and not forgets for (_, count), forgets in zip(found, forgotten, strict=True)]
         made.features_RF = torch.stack([pooled_F for pooled_F, _ in found]).to(self._device)
         made.known_R = torch.tensor(known, device=self._device)
-        if self._encoder is not None and len(self._encoder.centroids):
-            made.block_R = self.blocks([example.user for example in made.examples]).to(self._device)
+        if self._block_U is not None:
+            users = np.asarray([example.user for example in made.examples])
+            made.block_R = torch.from_numpy(self.blocks(users)).to(self._device)
 
-    def blocks(self, users: Sequence[int]) -> Tensor:
-        """The users' blocks, by the features of their whole histories."""
-        assert self.features is not None and self._encoder is not None
-        whole = [self.features.user(user) for user in users]
-        return self._encoder.blocks(torch.stack([pooled(*one) for one in whole]).to(self._device)).cpu()
+    def blocks(self, users: np.ndarray) -> np.ndarray:
+        """The users' blocks, by the features of their whole histories; only for levels with blocks."""
+        assert self._block_U is not None
+        return self._block_U[users].astype(np.int64)
 
     def _forgets(self, number: int, example: Example) -> bool:
         if not self._forget:
@@ -74,3 +74,10 @@ class GroupInputs:
             keep[example.position] = False
         kept = torch.from_numpy(keep)
         return pooled(items_IF[kept].sum(0), int(keep.sum())), int(keep.sum())
+
+
+def all_blocks(encoder: UserEncoder, features: FeatureData) -> np.ndarray:
+    """The blocks of all users, in the smallest type that holds them: found once, since every step asks for many."""
+    small = np.min_scalar_type(len(encoder.centroids) - 1)
+    parts = (encoder.blocks(found_UF.to(encoder.centroids.device)) for found_UF in features.all_pooled())
+    return np.concatenate([block_U.cpu().numpy().astype(small) for block_U in parts])

@@ -17,8 +17,9 @@ from proper_ds.distributed.apart import AdamSettings, Apart
 from proper_ds.distributed.checkpoint import Checkpoint
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import Ranks
+from proper_ds.model.lora import LoraLayout
 from proper_ds.observe.metrics import MetricsFile
-from proper_ds.store.elsewhere import open_store
+from proper_ds.store.elsewhere import open_store, start_over
 from proper_ds.training.config import JointConfig
 from proper_ds.training.context import RunContext
 from proper_ds.training.rank_batch import RankBatch
@@ -53,8 +54,7 @@ class JointStage(RouterStage):
 
     def owner_of(self, indices: np.ndarray) -> np.ndarray:
         """See RankStage: the rank that holds the example's user."""
-        users = np.asarray([example.user for example in self.context.tokens.examples(indices)], dtype=np.int64)
-        places = np.searchsorted(self._sampled, users)
+        places = np.searchsorted(self._sampled, self.context.tokens.users_of(indices))
         return places // users_per_rank(len(self._sampled), self.num_owners)
 
     def apart(self, ds_config: dict[str, Any]) -> list[Apart]:
@@ -74,7 +74,13 @@ class JointStage(RouterStage):
         return [self._rows]
 
     def before_start(self, engine: RankEngine, metrics: MetricsFile) -> None:
-        """See RouterStage: every rank probes whatever users' examples it is given."""
+        """See RouterStage: every rank probes whatever users' examples it is given.
+
+        Units that a training without a checkpoint left were of other weights, perhaps of other users: they are dropped.
+        """
+        if self._ranks.is_first:
+            start_over(self.context.folder.stage(self.name).path)
+        self._ranks.barrier()
         rows, self._rows = self._rows, None
         self._model.attach_users(self._slots.modules())
         super().before_start(engine, metrics)
@@ -91,6 +97,7 @@ class JointStage(RouterStage):
         """Put the adapters into the store; a unit is the same users whatever the number of ranks, and put once."""
         context, version = self.context, 1
         store = open_store(context.folder.stage(self.name).path)
+        layout, dtype = self._adapters.layout, context.config.store.dtype
         for number, users in list(self._units())[self._ranks.rank :: self._ranks.num_ranks]:
             unit, start = f"joint-{number:06d}", number * USERS_PER_UNIT
             if store.has_unit(unit, version):
@@ -103,12 +110,12 @@ class JointStage(RouterStage):
                 if not num_steps or forgotten.has(key):
                     continue  # who was in no step keeps the adapter of 3.1
                 digests[key] = context.tokens.history_digests(user, user + 1)[0]
-                if bool(row_P.isfinite().all()):
-                    adapters[key] = row_P
+                reason = _why_useless(row_P, layout)
+                if reason:
+                    failures[key] = f"{reason} after training jointly with the router"
                 else:
-                    failures[key] = "weights are not finite after training jointly with the router"
+                    adapters[key] = row_P
             losses = dict.fromkeys([*adapters, *failures], (0, list[float]()))
-            layout, dtype = self._adapters.layout, context.config.store.dtype
             store.put_unit(unit, adapters, failures, losses, layout, dtype, version=version, digests=digests)
 
     def _units(self) -> Iterator[tuple[int, list[int]]]:
@@ -118,3 +125,10 @@ class JointStage(RouterStage):
     def _keys(self, users: list[int]) -> list[str]:
         found: list[str] = self.context.key_column.take(np.asarray(users)).to_pylist()
         return found
+
+
+def _why_useless(row_P: Tensor, layout: LoraLayout) -> str:
+    """Why no store takes an adapter; "" where it does."""
+    if not bool(row_P.isfinite().all()):
+        return "weights are not finite"
+    return "" if layout.has_effect(row_P) else "the adapter has no effect"

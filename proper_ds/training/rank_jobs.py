@@ -40,9 +40,10 @@ def run_stages(config: RunConfig, ranks: Ranks, stages: list[list]) -> None:
         if ranks.gather([int(place.is_done(fingerprint))])[0][0]:
             continue
         start_s = time.perf_counter()
-        run_rank_stage(make_stage(name, context, ranks), ranks, fingerprint)
+        train_batch_size = run_rank_stage(make_stage(name, context, ranks), ranks, fingerprint)
         get_logger().info("%s: done in %.1f s", name, time.perf_counter() - start_s)
         if ranks.is_first:
-            place.commit(fingerprint, settings, time.perf_counter() - start_s, made_from)
+            about = made_from | {"train_batch_size": train_batch_size}
+            place.commit(fingerprint, settings, time.perf_counter() - start_s, about)
             shutil.rmtree(place.path / CHECKPOINT, ignore_errors=True)  # after the commit: a kill between costs nothing
         ranks.barrier()

@@ -134,12 +134,15 @@ class RankStage(ABC):
         return {}
 
 
-def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
+def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> int:
     """Train a stage to its end, from its newest checkpoint where there is one; a collective of all ranks.
 
     The number of ranks may be another than the configured one, and another than the checkpoint's: the examples of an
     optimizer step stay the same. Random states need no saving: the order of examples, dropout and augmentation are
     functions of seed, step and example.
+
+    Returns:
+        Examples of each optimizer step over all ranks: as configured, or as the checkpoint was begun with.
     """
     settings = stage.settings
     folder = stage.context.folder.stage(stage.name).path
@@ -179,6 +182,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> None:
         stage.finish(checkpoint.weights(), folder)
     ranks.barrier()
     engine.close()
+    return int(train_batch_size)
 
 
 def make_plan(stage: RankStage, num_ranks: int, train_batch_size: int) -> StepPlan:
@@ -243,7 +247,12 @@ def _train(
     settings, ranks = stage.settings, engine.ranks
     first = checkpoint.num_steps if checkpoint is not None else 0
     window = _Window(stage.name, plan.num_steps, metrics)
+    told = settings.per_device_train_batch_size
     for number, step in enumerate(plan.steps(first), start=first):
+        if step.largest > told:
+            told = step.largest
+            if ranks.is_first:
+                _say_how_large(stage, told, number + 1, metrics)
         batches: list[RankBatch] = [stage.batch(parts[ranks.rank], step, number) for parts in step.micro]
         if checkpoint is not None:
             engine.restore(checkpoint, batches[0])
@@ -255,6 +264,18 @@ def _train(
             window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
             saving.save(done, engine)
+
+
+def _say_how_large(stage: RankStage, num: int, number: int, metrics: MetricsFile) -> None:
+    """Warn of the largest micro-batch so far: which examples a rank must see says how many they are, not memory."""
+    key, limit = f"{stage.section}.per_device_train_batch_size", stage.settings.per_device_train_batch_size
+    warning = (
+        f"step {number} has {num} examples at once on one rank, more than {key} {limit}: so many belong to users it"
+        f" holds; if memory is short, lower it beside a {stage.section}.train_batch_size: micro-batches are more then,"
+        " and smaller"
+    )
+    get_logger().warning("%s: %s", stage.name, warning)
+    metrics.log(stage.name, warning=warning)
 
 
 def _any_batch(stage: RankStage, plan: StepPlan, ranks: Ranks) -> RankBatch:

@@ -184,5 +184,5 @@ class RouterStage(RankStage):
         level.add_lora_routers(self._seed)
         missing = level.load_state_dict(weights, strict=False)
         assert not missing.unexpected_keys, missing.unexpected_keys
-        level.save(folder / "level.safetensors")
+        level.save(folder / "level.safetensors", self.section)
         self._gates.finish(MetricsFile(self.context.folder.metrics), None)

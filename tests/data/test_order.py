@@ -175,6 +175,7 @@ def test_examples_go_to_ranks_of_their_owner_evenly(count, replicas, per_device,
             assert all((owner_of(part) == owner).all() for part in parts)
             sizes = [len(part) for part in parts]
             assert max(sizes) - min(sizes) <= 1
+        assert step.largest == max(len(part) for parts in step.micro for part in parts)
 
 
 def test_a_plan_for_ranks_that_owners_cannot_share_is_a_mistake_of_ours():

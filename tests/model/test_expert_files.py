@@ -69,7 +69,7 @@ def test_the_command_writes_those_that_are_named(tmp_path):
     (run / "population/adapter").mkdir(parents=True)
     made_for = {"base_model_name_or_path": "some/base", "revision": "abc"}
     (run / "population/adapter/adapter_config.json").write_text(json.dumps(made_for))
-    level_of("proper").save(run / "group/proper/level.safetensors")
+    level_of("proper").save(run / "group/proper/level.safetensors", "group")
 
     def tell(*arguments):
         return CliRunner().invoke(app, ["experts", *map(str, arguments), "--run", str(run)])

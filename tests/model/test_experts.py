@@ -77,7 +77,7 @@ def test_gates_of_several_experts_sum_to_one_and_one_alone_keeps_its_own():
 def test_shares_of_experts_are_those_of_the_whole_level(preset, tmp_path):
     sizes = GroupSizes(6, feature_size=4, user_vector_size=3, num_users=5)
     whole = GroupLevel(LAYOUT, PRESETS[preset], sizes, seed=1)
-    whole.save(tmp_path / "level.safetensors")
+    whole.save(tmp_path / "level.safetensors", "group")
     for held in (range(2), range(2, 4), range(4, 6)):
         fresh = GroupLevel(LAYOUT, PRESETS[preset], sizes, seed=1, held=held)
         for part in (fresh, GroupLevel.load(tmp_path / "level.safetensors", held)):
@@ -130,7 +130,7 @@ def test_a_user_table_may_take_the_encoders_place_in_proper(tmp_path):
     level = GroupLevel(LAYOUT, preset, GroupSizes(4, user_vector_size=3, num_users=2), seed=0)
     assert level.encoder is None
     assert level.user_table.weight.shape == (3, 3)
-    level.save(tmp_path / "level.safetensors")
+    level.save(tmp_path / "level.safetensors", "group")
     again = GroupLevel.load(tmp_path / "level.safetensors")
     assert again.preset == preset
     assert preset_of("proper-released", "encoder") == PRESETS["proper-released"]

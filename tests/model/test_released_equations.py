@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proper_ds.errors import AdapterError
 from proper_ds.model.config import LoraSettings
 from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout, ModuleShape
@@ -161,12 +162,20 @@ def test_a_saved_level_comes_back_whole(tmp_path, preset, lora_aware):
     level = level_of(preset).float()
     if lora_aware:
         level.add_lora_routers(seed=1)
-    level.save(tmp_path / "level.safetensors")
+    level.save(tmp_path / "level.safetensors", "group")
     again = GroupLevel.load(tmp_path / "level.safetensors")
     wanted = level.state_dict()
     assert again.state_dict().keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
     assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_level_that_is_not_finite_is_refused_naming_what_to_lower(tmp_path):
+    level = level_of("proper").float()
+    next(level.parameters()).data[0] = float("nan")
+    with pytest.raises(AdapterError, match=r"not finite in .*; lower joint\.learning_rate"):
+        level.save(tmp_path / "level.safetensors", "joint")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_users_get_the_mean_line():

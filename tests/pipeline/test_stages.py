@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.run import Run
 from proper_ds.pipeline.stages import StageList
+from proper_ds.run_folder import RunFolder
 from tests.end_to_end.runs import CONFIG
 
 ALL = [
@@ -126,6 +128,24 @@ def test_each_method_names_all_that_it_reads(method):
     assert set(needs.routers) == (
         {about.preset} if about.user_lora and about.preset and about.gates == "lora" else set()
     )
+
+
+def test_a_kept_stage_of_another_global_batch_is_told(prints, tmp_path, caplog):
+    def say(*overrides):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="proper_ds"):
+            Run(load_config(tmp_path / "run.yaml", overrides), ProgressView(Console(quiet=True)))._say_what_is_kept()
+        return caplog.text
+
+    one = ("distributed.num_ranks=1", "group.per_device_train_batch_size=6")
+    for name, fingerprint in prints(*one).items():
+        if name.startswith("group/"):
+            RunFolder(tmp_path / "run").stage(name).path.mkdir(parents=True)
+            RunFolder(tmp_path / "run").stage(name).commit(fingerprint, {}, 1.0, {"train_batch_size": 6})
+    assert not say(*one)
+    told = say("distributed.num_ranks=2", *one[1:])
+    assert "group/proper: kept, though it had 6 examples" in told
+    assert "makes 12; set group.train_batch_size" in told
 
 
 def test_a_run_begun_in_one_type_does_not_go_on_in_another(prints, tmp_path):

@@ -12,7 +12,16 @@ from pydantic import ValidationError
 from proper_ds.errors import StoreError
 from proper_ds.model.lora import LoraLayout, ModuleShape
 from proper_ds.store.config import StoreConfig
-from proper_ds.store.elsewhere import POINTER, STORES, all_stores, check_in_place, location_of, open_store, point_to
+from proper_ds.store.elsewhere import (
+    POINTER,
+    STORES,
+    all_stores,
+    check_in_place,
+    location_of,
+    open_store,
+    point_to,
+    start_over,
+)
 from proper_ds.store.store import AdapterStore
 
 LAYOUT = LoraLayout((ModuleShape("layers.0.q", 4, 3),), 2, 4.0)
@@ -137,6 +146,22 @@ def test_stores_elsewhere_are_known_without_the_folders_that_pointed_to_them(fol
     point_to(folder, str(tmp_path / "elsewhere"))
     shutil.rmtree(root / "superseded")
     assert len(all_stores(root)) == 3
+
+
+@pytest.mark.parametrize("location", [None, "elsewhere"])
+def test_a_set_that_starts_over_has_an_empty_store_and_the_old_one_is_still_known(folder, tmp_path, location):
+    location = location and str(tmp_path / location)
+    point_to(folder, location)
+    before = location_of(folder)
+    start_over(folder)
+    assert location_of(folder) == before, "nothing was there to be left behind"
+    put(open_store(folder))
+    start_over(folder)
+    assert location_of(folder) != before
+    assert Path(location_of(folder)).parent == Path(before).parent
+    assert not open_store(folder).users()
+    point_to(folder, location)
+    assert keys_in(folder.parent.parent) == ["ann"], "so that it can be forgotten"
 
 
 def test_memory_is_no_place_for_a_run():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from proper_ds.model.user_vectors import PRIOR_ITEMS
+from proper_ds.model.user_vectors import PRIOR_ITEMS, UserEncoder, pooled
 from proper_ds.training.features import FeatureData, is_written, write_features
+from proper_ds.training.group_inputs import all_blocks
 
 COUNTS = ([2, 0, 3], [1, 4])
 
@@ -47,6 +48,18 @@ def test_statistics_are_over_the_chosen_users_with_history(tmp_path):
     wanted = torch.stack([items[user].sum(0) / (len(items[user]) + PRIOR_ITEMS) for user in (0, 3, 4)])
     torch.testing.assert_close(mean, wanted.mean(0))
     torch.testing.assert_close(std, wanted.std(0, correction=0))
+
+
+def test_blocks_of_all_users_at_once_are_those_of_each(tmp_path):
+    write_all(tmp_path)
+    data = FeatureData(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    encoder = UserEncoder(5, 4, generator, num_blocks=3)
+    encoder.centroids.copy_(torch.randn(3, 5, generator=generator) * 0.3)
+    found = all_blocks(encoder, data)
+    assert found.itemsize == 1
+    assert found.tolist() == [int(encoder.blocks(pooled(*data.user(user)).unsqueeze(0))) for user in range(5)]
+    assert len(set(found.tolist())) > 1
 
 
 def test_features_are_taken_over_for_the_very_same_history_only(tmp_path):

@@ -154,3 +154,10 @@ def offloads_optimizer(raw: dict[str, Any]) -> bool:
     """Whether optimizer states live on the CPU."""
     device = raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     return bool(device not in ("none", None))
+
+
+def said_of_optimizer(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed file decides itself of what is learned: the optimizer's values but "auto" ones, and its type."""
+    section = raw.get("optimizer", {})
+    params = {key: value for key, value in section.get("params", {}).items() if value not in ("auto", None)}
+    return {"type": section.get("type", "AdamW"), "params": {k: v for k, v in params.items() if k != "torch_adam"}}

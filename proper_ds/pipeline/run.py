@@ -85,7 +85,10 @@ class Run:
                 if step not in chosen:
                     later = [other for other in STEPS[STEPS.index(step) + 1 :] if other in chosen]
                     if later:
-                        raise UserError(f"step {later[0]} needs {step}, which is not done; add {step} to --steps")
+                        raise UserError(
+                            f"step {later[0]} needs {step}, which is not done, or was made from other inputs; add it"
+                            " to --steps"
+                        )
                     continue
                 self._do(step, missing)
         return all(self._is_done(stage) for stage in self.stages)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.prepare import describe_sources
 from proper_ds.data.sources import find_sources
-from proper_ds.distributed.ds_config import read_ds_file
+from proper_ds.distributed.ds_config import read_ds_file, said_of_optimizer
 from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
@@ -202,7 +202,7 @@ class StageList:
         return found | {
             "seed": config.seed,
             "dtype": config.base.dtype,
-            "optimizer": read_ds_file(config.distributed.deepspeed).get("optimizer"),
+            "optimizer": said_of_optimizer(read_ds_file(config.distributed.deepspeed)),
             "train_split": config.data.train_split,
         }
 

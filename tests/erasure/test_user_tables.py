@@ -18,7 +18,7 @@ def test_forgotten_users_have_the_unknown_users_line(tmp_path, preset):
     level = GroupLevel(LAYOUT, preset, GroupSizes(3, user_vector_size=4, num_users=5), seed=0)
     torch.nn.init.normal_(level.user_table.weight)
     path = tmp_path / "level.safetensors"
-    level.save(path)
+    level.save(path, "group")
     assert has_tables(tmp_path)
     taken = erase_table_lines(path, [1, 3, 77])
     assert taken.num_rows == 2
@@ -30,6 +30,6 @@ def test_forgotten_users_have_the_unknown_users_line(tmp_path, preset):
 
 def test_levels_without_tables_are_left_alone(tmp_path):
     sizes = GroupSizes(3, feature_size=4, user_vector_size=4)
-    GroupLevel(LAYOUT, PRESETS["proper"], sizes, seed=0).save(tmp_path / "level.safetensors")
+    GroupLevel(LAYOUT, PRESETS["proper"], sizes, seed=0).save(tmp_path / "level.safetensors", "group")
     assert not has_tables(tmp_path)
     assert erase_table_lines(tmp_path / "level.safetensors", [0]).num_rows == 0

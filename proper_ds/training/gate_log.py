@@ -39,6 +39,10 @@ class GateLog:
         self.stats = GateStats(len(level.layout.modules), level.num_experts)
         self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=_MAX_WINDOWS)
 
+    def drop(self) -> None:
+        """Forget what was counted since the last call of `numbers`."""
+        self.stats.take(torch.device("cpu"))
+
     def numbers(self, ranks: Ranks) -> dict[str, Any]:
         """`gates`, over all ranks since the last call (see `gate_numbers`); a collective."""
         texts, sums = self.stats.take(ranks.device)

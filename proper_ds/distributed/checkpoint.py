@@ -218,6 +218,15 @@ class Checkpoints:
         return [path for path, marker in markers.items() if marker.get("fingerprint") == self._fingerprint]
 
 
+def any_complete(folder: Path, ranks: Ranks) -> bool:
+    """Whether a checkpoint in `folder` was ever completed, of any inputs and damaged or not; a collective.
+
+    The first rank decides for all: storage that nodes share may show a file to some of them later than to others.
+    """
+    ((found,), *_) = ranks.gather([int(any(folder.glob(f"*/{MARKER}")))])
+    return bool(found)
+
+
 def _marker(folder: Path) -> dict[str, Any] | None:
     """A checkpoint's last write; None where it is not complete, or just being removed; empty where it is damaged."""
     try:

@@ -43,6 +43,10 @@ class GateLog:
     def _sizes(self) -> tuple[int, int]:
         return self._level.num_experts, self._level.sizes.num_blocks or 1
 
+    def drop(self) -> None:
+        """Forget what was counted since the last call of `numbers`."""
+        self.stats.take(torch.device("cpu"))
+
     def numbers(self, ranks: Ranks) -> dict[str, Any]:
         """`gates`, over all ranks since the last call (see `gate_numbers`); a collective."""
         texts, sums = self.stats.take(ranks.device)

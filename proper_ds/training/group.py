@@ -178,6 +178,10 @@ class GroupStage(RankStage):
             made.rows.key_R = dropout_keys(self._seed, number, made.batch)
         return made
 
+    def drop_counts(self) -> None:
+        """See RankStage."""
+        self._gates.drop()
+
     def log_more(self, ranks: Ranks) -> dict[str, Any]:
         """See RankStage."""
         return self._gates.numbers(ranks)

@@ -129,6 +129,9 @@ class RankStage(ABC):
     def before_finish(self, checkpoint: Checkpoint) -> None:  # noqa: B027 - most have nothing to do
         """Called on all ranks with the last checkpoint, before the first one writes the result; a collective."""
 
+    def drop_counts(self) -> None:  # noqa: B027 - most count nothing
+        """Forget what forward passes were counted for `log_more`: they were no training."""
+
     def log_more(self, ranks: Ranks) -> dict[str, Any]:
         """More for the line of metrics about to be written; a collective."""
         return {}
@@ -256,10 +259,14 @@ def _train(
         batches: list[RankBatch] = [stage.batch(parts[ranks.rank], step, number) for parts in step.micro]
         if checkpoint is not None:
             engine.restore(checkpoint, batches[0])
+            stage.drop_counts()
             checkpoint = None
         rate = learning_rate(settings, number, plan.num_steps)
-        window.add(engine.step(batches, rate), step)
         done = number + 1
+        try:
+            window.add(engine.step(batches, rate), step)
+        except FleetError as error:
+            raise FleetError(f"{stage.name}, step {done}: {error}") from None
         if done % settings.logging_steps == 0 or done == plan.num_steps:
             window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
@@ -308,11 +315,6 @@ class _Window:
         num_tokens = sums.pop("tokens")
         seconds = time.perf_counter() - self._start_s
         values = {name: value / self._num_rows for name, value in sums.items()}
-        if not np.isfinite(loss):
-            raise FleetError(
-                f"{self._stage}: the loss is {loss} at step {done}; lower its learning_rate or max_grad_norm,"
-                " or look for broken text in the data"
-            )
         if ranks.is_first:
             self._metrics.log(
                 self._stage,

@@ -14,7 +14,7 @@ import torch
 
 from proper_ds.data.batches import Step, collate
 from proper_ds.data.indices import Indices
-from proper_ds.distributed.checkpoint import MARKER
+from proper_ds.distributed.checkpoint import any_complete
 from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.expert_parallel import ExpertGroups, TokenExchange, largest_size
 from proper_ds.distributed.ranks import Ranks
@@ -84,10 +84,13 @@ class RouterStage(RankStage):
         )
 
     def _chosen_users(self) -> np.ndarray:
-        """Mask over the users to learn from. Decided anew until there is a checkpoint, which is of these users."""
+        """Mask over the users to learn from. Decided anew until there is a checkpoint, which is of these users.
+
+        A collective.
+        """
         folder = self.context.folder.stage(self.name).path
         path = folder / "users.npy"
-        if any((folder / CHECKPOINT).glob(f"*/{MARKER}")):
+        if any_complete(folder / CHECKPOINT, self._ranks):
             found: np.ndarray = np.load(path, allow_pickle=False)
             return found
         settings, config = self.settings, self.context.config
@@ -98,6 +101,7 @@ class RouterStage(RankStage):
         if self._ranks.is_first:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, mask, allow_pickle=False)
+        self._ranks.barrier()
         return mask
 
     @staticmethod
@@ -111,7 +115,7 @@ class RouterStage(RankStage):
         before = self._probe(engine)
         self._route_by(new)
         after = self._probe(engine)
-        self._gates.stats.take(self.context.device)  # what was probed does not count
+        self.drop_counts()  # of what was probed
         if self._ranks.is_first:
             metrics.log(self.name, event="gates exchanged", loss_user_gates=before, loss_lora_gates=after)
             get_logger().info("%s: loss %.4f under user-aware gates, %.4f after the exchange", self.name, before, after)
@@ -173,6 +177,10 @@ class RouterStage(RankStage):
         self._slots.weights_SP[: len(users)] = self._adapters.rows(users).to(self.context.device)
         slot_of = {user: slot for slot, user in enumerate(users)}
         return [slot_of[example.user] for example in made.examples]
+
+    def drop_counts(self) -> None:
+        """See RankStage."""
+        self._gates.drop()
 
     def log_more(self, ranks: Ranks) -> dict[str, Any]:
         """See RankStage."""

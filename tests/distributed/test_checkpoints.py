@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proper_ds.distributed import checkpoint as module
 from proper_ds.distributed.apart import AdamSettings
-from proper_ds.distributed.checkpoint import MARKER, Checkpoints, Shard
+from proper_ds.distributed.checkpoint import MARKER, Checkpoints, Shard, any_complete
 from proper_ds.distributed.ranks import Ranks, current_ranks
 from proper_ds.distributed.user_table import ShardedTable
 from proper_ds.errors import FleetError, UserError
@@ -148,6 +148,9 @@ def write_shards(folder):
     keep(folder).save(4, whole, shards + users.shards(), ABOUT, ranks)
     found = keep(folder).latest(ranks)
     assert found is not None
+    elsewhere = folder / "elsewhere"
+    assert any_complete(folder if ranks.is_first else elsewhere, ranks), "all go by what the first rank sees"
+    assert not any_complete(elsewhere if ranks.is_first else folder, ranks)
     others.restore(found.rows, 4)  # the last rank holds no line
     for one, other in zip(users.shards(), others.shards(), strict=True):
         assert len(one.tensor) == (2 if ranks.rank < 2 else 0)

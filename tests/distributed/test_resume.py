@@ -28,6 +28,10 @@ NUM_USERS, NUM_STEPS, SAVE_STEPS, CUT_AT = 20, 14, 4, 10
 STAGES = ("population", "group/proper", "group/proper-released")
 RESULTS = {"population": "adapter/adapter_model.safetensors"}
 TOLERANCE = 1e-5
+ZERO = f"distributed.deepspeed={REPO}/ds_configs/"
+SPARSE_STAGES = ("group/proper",)
+SPARSE = ("group.top_k=2", "group.num_blocks=null")
+SPARSE_START = (*SPARSE, "distributed.expert_parallel_size=2", f"{ZERO}zero3.json")
 
 
 class CutShortError(Exception):
@@ -90,7 +94,10 @@ def copy(folder: Path, name: str) -> Path:
 
 
 def whole_and_cut(path: str) -> None:
-    """Everything undisturbed in one folder; its twin, each stage of which ends in the middle, in another."""
+    """Everything undisturbed in one folder; its twin, each stage of which ends in the middle, in another.
+
+    And the same of a group level with sparse routing, its experts spread over both ranks.
+    """
     ranks, folder = current_ranks(1), Path(path).with_suffix("")
     train(path, STAGES[:1], NUM_STEPS)
     if ranks.is_first:
@@ -99,7 +106,11 @@ def whole_and_cut(path: str) -> None:
         FeaturesJob(config, torch.device("cpu")).run(Unit(0, NUM_USERS, 1, "", NUM_USERS))
         cut = copy(folder, "cut")
         (cut.with_suffix("") / "metrics.jsonl").unlink()
+        for name in ("sparse-whole", "sparse-cut"):
+            copy(folder, name)
     ranks.barrier()
+    train(str(folder.with_name("sparse-whole.yaml")), SPARSE_STAGES, NUM_STEPS, *SPARSE_START)
+    train(str(folder.with_name("sparse-cut.yaml")), SPARSE_STAGES, CUT_AT, *SPARSE_START)
     train(path, STAGES[1:], NUM_STEPS)
     train(str(folder.with_name("cut.yaml")), STAGES[1:], CUT_AT)
     if ranks.is_first:
@@ -110,7 +121,10 @@ def whole_and_cut(path: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """Beside each other: `whole`, a run that nothing disturbed, and `cut`, its twin whose stages were cut short."""
+    """Beside each other: `whole`, a run that nothing disturbed, and `cut`, its twin whose stages were cut short.
+
+    `sparse-whole` and `sparse-cut` likewise.
+    """
     root = tmp_path_factory.mktemp("resume")
     proper_ds("data", "generate", "--users", str(NUM_USERS), "--groups", "3", "--seed", "5", "--out", root / "data")
     path = write_run(root / "whole", root / "data")
@@ -119,42 +133,47 @@ def folders(tmp_path_factory) -> Path:
     return root
 
 
-def losses(folder: Path, stage: str) -> dict[int, float]:
+def lines(folder: Path, stage: str) -> dict[int, dict]:
+    """Of metrics, by step."""
     events, _ = read_events(folder / "metrics.jsonl")
-    return {event["step"]: event["loss"] for event in events if event["stage"] == stage and "step" in event}
+    return {event["step"]: event for event in events if event["stage"] == stage and "step" in event}
+
+
+def losses(folder: Path, stage: str) -> dict[int, float]:
+    return {step: line["loss"] for step, line in lines(folder, stage).items()}
+
+
+def num_texts(folder: Path, stage: str) -> dict[int, int]:
+    return {step: line["gates"]["num_texts"] for step, line in lines(folder, stage).items() if "gates" in line}
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "zero", "overrides"),
+    ("kind", "stages", "num_ranks", "zero", "overrides"),
     [
-        (2, "zero2", ()),
-        (1, "zero3", ("distributed.num_ranks=1",)),
-        (4, "zero1", ("distributed.num_ranks=4", "distributed.expert_parallel_size=2")),
+        ("", STAGES, 2, "zero2", ()),
+        ("", STAGES, 1, "zero3", ("distributed.num_ranks=1",)),
+        ("", STAGES, 4, "zero1", ("distributed.num_ranks=4", "distributed.expert_parallel_size=2")),
+        ("sparse-", SPARSE_STAGES, 1, "zero2", (*SPARSE, "distributed.num_ranks=1")),
     ],
 )
-def test_a_stage_cut_short_goes_on_as_if_nothing_had_been(folders, num_ranks, zero, overrides):
-    path = copy(folders / "cut", f"on-{num_ranks}")
-    folder = path.with_suffix("")
-    for stage in STAGES:
+def test_a_stage_cut_short_goes_on_as_if_nothing_had_been(folders, kind, stages, num_ranks, zero, overrides):
+    path = copy(folders / f"{kind}cut", f"{kind}on-{num_ranks}")
+    folder, whole = path.with_suffix(""), folders / f"{kind}whole"
+    for stage in stages:
         kept = (folder / stage / "checkpoint").glob("step-*")
         assert sorted(int(one.name.split("-")[1]) for one in kept) == [4, 8]
-    run_ranks(
-        train,
-        num_ranks,
-        str(path),
-        STAGES,
-        NUM_STEPS,
-        f"distributed.deepspeed={REPO}/ds_configs/{zero}.json",
-        *overrides,
-    )
-    for stage in STAGES:
-        found, wanted = losses(folder, stage), losses(folders / "whole", stage)
+    run_ranks(train, num_ranks, str(path), stages, NUM_STEPS, f"{ZERO}{zero}.json", *overrides)
+    for stage in stages:
+        found, wanted = losses(folder, stage), losses(whole, stage)
         assert sorted(found) == sorted(wanted) == list(range(1, NUM_STEPS + 1))
         assert found == pytest.approx(wanted, abs=TOLERANCE), stage
         assert wanted[NUM_STEPS] < wanted[1], "the test must train something"
         assert RunFolder(folder).stage(stage).inputs()["made_from"]["train_batch_size"] == 13
+        counted = num_texts(folder, stage)
+        assert counted == num_texts(whole, stage), "what a resume runs to warm up does not count"
+        assert len(counted) == (NUM_STEPS if stage.startswith("group") else 0)
         result = Path(stage) / RESULTS.get(stage, "level.safetensors")
-        values, expected = load_file(folder / result), load_file(folders / "whole" / result)
+        values, expected = load_file(folder / result), load_file(whole / result)
         assert values.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(values[key], value, rtol=0, atol=TOLERANCE, msg=f"{stage} {key}")

@@ -194,8 +194,8 @@ def ask(raw, more, change):
         module.loras[0].lora_A.data.fill_(math.inf)
     engine = RankEngine(module, zero3(more), ranks)
     rate = 0.0 if change == "without effect" else SETTINGS.learning_rate
-    for step in range(2):
-        engine.step([make_batch(step, ranks.rank)], 0.0 if change == "not finite" else rate)
+    for step in range(0 if change == "not finite" else 2):
+        engine.step([make_batch(step, ranks.rank)], rate)
     message, losses = "", []
     try:
         PopulationStage.check_result(_Stage(module), make_batch(5, ranks.rank), ranks)

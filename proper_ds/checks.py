@@ -13,7 +13,7 @@ from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import Section
-from proper_ds.training.config import OptimSettings, RankTraining, UserConfig
+from proper_ds.training.config import PROPER_ONLY, OptimSettings, RankTraining, UserConfig
 from proper_ds.training.schedule import wrong_kwargs
 
 if TYPE_CHECKING:
@@ -147,12 +147,13 @@ def _experts(config: RunConfig) -> list[Problem]:
         problems.append(Problem("group.top_k", wrong, "Lower it, or leave it out for PROPER's dense routing."))
     if group.num_blocks is not None:
         problems += _blocks(config)
-    proper_only = {"top_k", "num_blocks", "user_vector", "user_vector_size", "constraint_weight", "balance_weight"}
-    for name in sorted(proper_only & group.model_fields_set) if presets and "proper" not in presets else []:
+    for name in sorted(PROPER_ONLY) if presets and "proper" not in presets else []:
+        if not _changed(group, name):
+            continue
         mend = "Remove it, or evaluate a method of preset proper."
         problems.append(Problem(f"group.{name}", "has no effect on proper-released", mend))
     if group.user_vector == "table":
-        for name in sorted({"users", "history_dropout"} & group.model_fields_set):
+        for name in (name for name in ("history_dropout", "users") if _changed(group, name)):
             problems.append(Problem(f"group.{name}", "has no effect with group.user_vector table", "Remove it."))
         if "history" not in group.train_on and "proper" in presets:
             wrong = "without `history`, but the user table has a row for each user, and would leave most untrained"

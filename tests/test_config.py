@@ -261,3 +261,17 @@ def test_experts_and_blocks_must_fit_the_ranks(load):
         "group.num_blocks=4",
     )
     assert load(GOOD, *good, "group.num_blocks=4").group.num_blocks == 4
+
+
+@pytest.mark.parametrize("override", ["group.users=all", "group.history_dropout=0.5", "group.top_k=2"])
+def test_what_released_groups_do_not_know_is_refused(load, override):
+    name = override.split("=")[0]
+    assert "no effect on proper-released" in problems(load, "evaluation.methods=[proper-released]", override)[name]
+
+
+@pytest.mark.parametrize(
+    "overrides", [("evaluation.methods=[proper-released]",), ("group.user_vector=table", "group.train_on=[history]")]
+)
+def test_a_written_configuration_with_every_key_loads_again(load, overrides):
+    whole = load(GOOD, *overrides).model_dump(mode="json")
+    assert load(whole) == load(GOOD, *overrides)

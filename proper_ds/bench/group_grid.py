@@ -141,7 +141,7 @@ def _batch(step: int, ranks: Ranks, case: Case) -> RankBatch:
         ids = generator.integers(3, WORKLOAD.vocab_size, length).astype(np.int64)
         examples.append(Example(row, HISTORY, 0, row, length - 4, ids))
     num_rows = ROWS_PER_RANK * ranks.num_ranks
-    made = RankBatch(collate(examples, device), 1.0, 4 * num_rows, num_rows, ranks.num_ranks)
+    made = RankBatch(collate(examples, device), 1.0, 4 * num_rows, num_rows)
     features = generator.normal(size=(ROWS_PER_RANK, NUM_FEATURES))
     made.features_RF = torch.tensor(features, dtype=torch.float32, device=device)
     made.known_R = torch.ones(ROWS_PER_RANK, dtype=torch.bool, device=device)

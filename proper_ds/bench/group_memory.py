@@ -98,7 +98,7 @@ class _Training:
         for step in range(num_steps):
             ids = np.random.default_rng([step, self._ranks.rank]).integers(3, self._vocab_size, (2, 48))
             examples = [Example(0, HISTORY, 0, position, 40, row.astype(np.int64)) for position, row in enumerate(ids)]
-            batch = RankBatch(collate(examples, self._ranks.device), 1.0, 16 * num, 2 * num, num)
+            batch = RankBatch(collate(examples, self._ranks.device), 1.0, 16 * num, 2 * num)
             losses.append(self._ranks.sum([self._engine.step([batch], 1e-3)["ce"]])[0])
         self._engine.close()
         return losses

@@ -58,7 +58,7 @@ class _Trainer:
             ce = 0.0
             for part in parts:
                 lines = torch.tensor([1 + example.user for example in part], device=self._trained[0].device)
-                batch = RankBatch(collate(part, lines.device), 1.0, num_targets, len(examples), len(parts))
+                batch = RankBatch(collate(part, lines.device), 1.0, num_targets, len(examples))
                 batch.line_R = lines
                 loss, numbers = self._module(batch)
                 loss.backward()

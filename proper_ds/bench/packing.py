@@ -66,7 +66,7 @@ def _epoch(module: PopulationModule, batches: list[Batch]) -> float:
     """Forward and backward of every batch; the mean loss per target."""
     num_targets, total = sum(len(batch.target_K) for batch in batches), 0.0
     for batch in batches:
-        loss, _ = module(RankBatch(batch, 1.0, num_targets, 1, len(batches), Rows(text_RT=batch.text_RT)))
+        loss, _ = module(RankBatch(batch, 1.0, num_targets, 1, Rows(text_RT=batch.text_RT)))
         loss.backward()
         total += float(loss.detach())
     return total

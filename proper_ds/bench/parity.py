@@ -135,7 +135,7 @@ def _batch(examples: list[Example], everything: list[Example], level: GroupLevel
     """A rank's part of the global batch; a row of weight 0 where it has none."""
     num_targets = sum(example.num_targets for example in everything)
     mine = examples or [Example(0, HISTORY, 0, 0, 3, np.arange(3, 7))]  # somebody who is not in the batch
-    made = RankBatch(collate(mine), 1.0 if examples else 0.0, num_targets, len(everything), 1)
+    made = RankBatch(collate(mine), 1.0 if examples else 0.0, num_targets, len(everything))
     users = [example.user for example in mine]
     made.features_RF, made.known_R = _features(users), torch.tensor([user % 5 > 0 for user in users])
     made.line_R = torch.tensor([user % 5 and user + 1 for user in users])

@@ -20,6 +20,7 @@ from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
 from proper_ds.pipeline.kept import KEPT_STEPS, Kept
 from proper_ds.run_folder import RunFolder
+from proper_ds.training.config import PROPER_ONLY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,17 +39,6 @@ RUN_ONLY = (
     "max_damaged_share",
 )
 """Settings of rank stages that say how they run, not what is learned."""
-_PROPER_ONLY = {
-    "users",
-    "top_k",
-    "num_blocks",
-    "user_vector",
-    "constraint_weight",
-    "balance_weight",
-    "user_vector_size",
-    "history_dropout",
-    "generic_user_probability",
-}
 
 
 @dataclass(frozen=True)
@@ -221,7 +211,7 @@ class StageList:
         if chosen.user_vector == "encoder":
             before.append("features")
         if chosen.gate == "double_softmax":
-            settings = {key: value for key, value in settings.items() if key not in _PROPER_ONLY}
+            settings = {key: value for key, value in settings.items() if key not in PROPER_ONLY}
         self._add(f"group/{preset}", "group", "ranks", settings, before)
 
     def _add_store(self, adapter_set: str) -> None:

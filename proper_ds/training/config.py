@@ -109,6 +109,20 @@ class PopulationConfig(PackedTraining):
     weight_decay: float = Field(default=0.1, ge=0)
 
 
+PROPER_ONLY = {
+    "users",
+    "top_k",
+    "num_blocks",
+    "user_vector",
+    "constraint_weight",
+    "balance_weight",
+    "user_vector_size",
+    "history_dropout",
+    "generic_user_probability",
+}
+"""Settings of the group stage that `proper-released` knows nothing of."""
+
+
 class GroupConfig(PackedTraining):
     """Stage 2: a mixture of LoRA experts with a user-aware router (PROPER, section 3.3)."""
 

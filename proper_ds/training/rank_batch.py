@@ -28,7 +28,6 @@ class RankBatch:
     Attributes:
         weight: 0 for the stand-in row of a rank that got no example of a short batch, else 1.
         num_targets, num_rows: of the whole step over all ranks and micro-batches: what losses are divided by.
-        num_parts: micro-batches of the whole step.
         features_RF, known_R, block_R: for the user encoder.
         line_R: for the user table.
     """
@@ -37,7 +36,6 @@ class RankBatch:
     weight: float
     num_targets: int
     num_rows: int
-    num_parts: int
     rows: Rows = field(default_factory=Rows)
     features_RF: Tensor | None = None
     known_R: Tensor | None = None
@@ -55,10 +53,9 @@ def rank_batch(
 ) -> RankBatch:
     """The micro-batch of the examples at `indices`; a rank without any gets a row that weighs nothing."""
     examples = tokens.examples(indices) if len(indices) else tokens.examples([0])
-    num_parts = sum(len(parts) for parts in step.micro)
     weight = 1.0 if len(indices) else 0.0
     batch = collate(examples, device, packing=packing)
-    return RankBatch(batch, weight, step.num_targets, step.num_rows, num_parts, Rows(text_RT=batch.text_RT))
+    return RankBatch(batch, weight, step.num_targets, step.num_rows, Rows(text_RT=batch.text_RT))
 
 
 def example_seed(seed: int, purpose: str, number: int, example: Example) -> int:

@@ -134,7 +134,7 @@ class RouterStage(RankStage):
         ce = num_targets = 0.0
         for part in parts[self._ranks.rank :: self._ranks.num_ranks]:
             examples = self.context.tokens.examples(part if len(part) else self._any())
-            made = RankBatch(collate(examples, self.context.device), float(len(part) > 0), 1, 1, 1)
+            made = RankBatch(collate(examples, self.context.device), float(len(part) > 0), 1, 1)
             self._fill(made, 0)
             with torch.no_grad():
                 _, numbers = engine.module(made)

@@ -66,7 +66,7 @@ def make_batch(step, users):
     features = torch.randn(len(examples), 7, generator=torch.Generator().manual_seed(3)) * 0
     known = torch.zeros(len(examples), dtype=torch.bool)
     weight = 1.0 if chosen else 0.0
-    return RankBatch(collate(examples), weight, num_targets, len(everyone), 1, Rows(), features, known)
+    return RankBatch(collate(examples), weight, num_targets, len(everyone), Rows(), features, known)
 
 
 def train_plain():

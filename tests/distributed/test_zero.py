@@ -61,7 +61,7 @@ def make_batch(step, part):
     generator = torch.Generator().manual_seed(step * 10 + part)
     features = torch.randn(len(batch.examples), 7, generator=generator)
     known = torch.arange(len(batch.examples)) % 2 == 0
-    return RankBatch(batch, weight, num_targets, num_rows, NUM_PARTS, Rows(), features, known)
+    return RankBatch(batch, weight, num_targets, num_rows, Rows(), features, known)
 
 
 def train_plain(kind):

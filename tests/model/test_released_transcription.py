@@ -175,7 +175,7 @@ class Setting:
         batch = collate([self.examples[user] for user in users])
         index = torch.tensor(users)
         rows = Rows(slot_R=index if self.stage != "2" else None)
-        counts = (len(batch.target_K), len(users), 1)
+        counts = (len(batch.target_K), len(users))
         known_R = torch.ones(len(users), dtype=torch.bool)
         return RankBatch(batch, 1.0, *counts, rows, self.features[index], known_R, line_R=index + 1)
 

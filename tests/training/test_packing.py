@@ -107,7 +107,7 @@ def losses_and_gradients(kind, packing, dtype, dropout):
     batch = collate([e for user in range(3) for e in random_examples(3, user, seed=2, longest=40)], packing=packing)
     assert (batch.text_RT is not None) == packing
     rows = Rows(text_RT=batch.text_RT, key_R=dropout_keys(5, 6, batch) if dropout else None)
-    made = RankBatch(batch, 1.0, 20, 9, 1, rows)
+    made = RankBatch(batch, 1.0, 20, 9, rows)
     users = torch.tensor([example.user for example in batch.examples])
     made.features_RF = torch.randn(3, 7, generator=generator)[users].to(dtype)
     made.known_R, made.line_R = users > 0, users

@@ -1,7 +1,7 @@
 """METEOR as LongLaMP reports it, but without synonyms: exact matches, then matches of stems.
 
 The synonym stage of the published metric needs WordNet, a separate download; a score that depended on whether a
-machine has it could not be compared. So it is left out everywhere, and the metric is called `meteor-stem` in `metrics.py`.
+machine has it could not be compared. So it is left out everywhere, and `metrics.py` calls the metric `meteor-stem`.
 """
 
 from __future__ import annotations

@@ -28,6 +28,10 @@ def prepare(
     train_split: Annotated[str, typer.Option(help="The split that stages learn from.")] = "train",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set bad records aside instead of refusing.")] = False,
     skip_leaks: Annotated[bool, typer.Option("--skip-leaks", help="Set leaking questions aside, too.")] = False,
+    near_duplicates: Annotated[
+        str, typer.Option(help="Questions with a near copy in the user's history: refuse, set_aside or allow.")
+    ] = "set_aside",
+    tune_share: Annotated[float, typer.Option(help="Share of the training users that become split `tune`.")] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace prepared data that is there.")] = False,
     max_users_per_split: Annotated[int | None, typer.Option(help="Only the first so many users.")] = None,
 ) -> None:
@@ -45,6 +49,8 @@ def prepare(
                 "train_split": train_split,
                 "bad_records": "set_aside" if skip_bad else "refuse",
                 "leaks": "set_aside" if skip_leaks else "refuse",
+                "near_duplicates": near_duplicates,
+                "tune_share": tune_share,
                 "max_users_per_split": max_users_per_split,
             }
         )

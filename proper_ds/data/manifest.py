@@ -92,6 +92,10 @@ class Manifest:
     """Rows that only keep a place: users who are forgotten, or no longer in the data. Part of `num_users`."""
     num_forgotten: int = 0
     """Users of the sources that were left out because they are forgotten."""
+    num_near_duplicates: int = 0
+    """Questions kept although a near copy stands in their user's history: data.near_duplicates=allow."""
+    num_before_history: int = 0
+    """Questions outside the training split that are older than some item of their user's history."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:

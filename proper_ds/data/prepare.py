@@ -84,7 +84,7 @@ def prepare(
         tasks = _stage(sources, staging, complaints, progress, known.instructions)
         if config.max_users_per_split is None:
             staging.complain_of_unused_golds()
-        converter = Converter(tasks, config.train_split, complaints)
+        converter = Converter(tasks, config, complaints)
         counts = _Counts()
         with ShardWriter(out, config.num_users_per_shard) as writer:
             for done, staged in enumerate(staging.users(), start=1):
@@ -114,14 +114,27 @@ def prepare(
         set_aside={NOW_HISTORY: 0} | dict(complaints.counts),
         num_empty=counts.num_empty,
         num_forgotten=staging.num_kept_out,
+        num_near_duplicates=converter.num_near_duplicates,
+        num_before_history=converter.num_before_history,
     )
+    _warn_of_history(manifest)
     manifest.write(out)
     return manifest
 
 
+def _warn_of_history(manifest: Manifest) -> None:
+    """Say how many questions are easier than they should be, by what stands in their users' histories."""
+    log = logging.getLogger("proper_ds")
+    if manifest.num_near_duplicates:
+        log.warning("%d questions have a near copy in their user's history", manifest.num_near_duplicates)
+    if manifest.num_before_history:
+        text = "%d questions are older than some item of their user's history, which methods will use to answer them"
+        log.warning(text, manifest.num_before_history)
+
+
 def _settle(complaints: Complaints, config: DataConfig, out: Path) -> None:
     try:
-        complaints.settle(config.bad_records, config.leaks)
+        complaints.settle(config.bad_records, config.leaks, config.near_duplicates)
     except DataError as error:
         for shard in out.glob("users-*.parquet"):
             shard.unlink()

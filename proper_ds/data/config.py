@@ -29,7 +29,7 @@ class DataConfig(Section):
     """Folders or files in LaMP's format, JSONL or Parquet; each is one task. Leave empty when `prepared` is given."""
     prepared: str | None = None
     """A folder written by `proper-ds data prepare`, used as it is."""
-    format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
+    format: Literal["auto", "lamp", "jsonl", "parquet", "oppu", "longlamp", "peft-u", "personal-llm"] = "auto"
     task: str | None = None
     """LaMP_1, LaMP_2M, LaMP_2N, LaMP_3 .. LaMP_7 or `generic`; needed only where the data does not say."""
     train_split: str = "train"

@@ -27,7 +27,7 @@ from proper_ds.model.base import (
 )
 from proper_ds.model.base_files import BaseFiles, empty_base
 from proper_ds.model.config import BaseConfig
-from proper_ds.run_folder import RunFolder
+from proper_ds.run_folder import RunFolder, StageFolder
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -53,6 +53,10 @@ class RunContext:
     def folder(self) -> RunFolder:
         """The run's folder."""
         return RunFolder(self.config.output_path)
+
+    def stage(self, name: str) -> StageFolder:
+        """The folder of a stage."""
+        return self.folder.stage(name)
 
     @property
     def prepared_path(self) -> Path:

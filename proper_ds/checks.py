@@ -259,6 +259,7 @@ def _recipes(config: RunConfig) -> list[Problem]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}", name):
             mend = "Use letters, digits, `+`, `.`, `_` and `-`, 64 at most: folders are called so."
             problems.append(Problem(key, f"{name!r} cannot name a method", mend))
+            continue
         if like not in METHODS:
             near = difflib.get_close_matches(like, METHODS, n=1)
             mend = f"Did you mean `{near[0]}`?" if near else f"Shipped methods are {', '.join(METHODS)}."
@@ -267,18 +268,19 @@ def _recipes(config: RunConfig) -> list[Problem]:
         if METHODS[like].kind != "model":
             wrong = f"{like} builds no prompts, or plain ones only, so there is nothing to change"
             problems.append(Problem(key, wrong, "Make it from a method that answers prompts, such as RAG."))
-        else:
-            changed, wrong_values = changed_recipe(METHODS[like], recipe.prompt)
-            problems += [replace(problem, key=f"{key}.prompt.{problem.key}") for problem in wrong_values]
-            problems += recipe_problems(changed, f"{key}.prompt") if changed is not None else []
+            continue
+        changed, wrong_values = changed_recipe(METHODS[like], recipe.prompt)
+        problems += [replace(problem, key=f"{key}.prompt.{problem.key}") for problem in wrong_values]
+        problems += recipe_problems(changed, f"{key}.prompt") if changed is not None else []
         if name not in config.evaluation.methods:
             mend = "Add it to evaluation.methods, or remove it."
             problems.append(Problem(key, "has no effect: the method is not evaluated", mend))
-    for name in config.evaluation.methods:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            mend = f"Did you mean `{near[0]}`?" if near else f"Methods are {', '.join(known)}."
-            problems.append(Problem("evaluation.methods", f"unknown method {name!r}", mend))
+    if unknown := [name for name in config.evaluation.methods if name not in known]:
+        spelt = {name.casefold(): name for name in known}
+        found = {name: difflib.get_close_matches(name.casefold(), spelt, n=1) for name in unknown}
+        near = [f"`{spelt[matches[0]]}` for {name!r}" for name, matches in found.items() if matches]
+        mend = (f"Did you mean {', '.join(near)}? " if near else "") + f"Methods are {', '.join(known)}."
+        problems.append(Problem("evaluation.methods", f"no method {', '.join(map(repr, unknown))}", mend))
     return problems
 
 

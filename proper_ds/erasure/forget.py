@@ -202,6 +202,8 @@ class _Work:
         run = self.run
         for features in run.in_all_lanes("features"):
             self.note("features", rows.erase_features(features.path, self.indices))
+        for profiles in run.in_all_lanes("profiles"):
+            self.note("profiles by a model", rows.erase_predictions(profiles.path, self.indices))
         for predictions in run.predictions():
             if predictions.inputs() is None:
                 self.note("predictions", rows.delete(predictions.path))  # its units would be cut otherwise now

@@ -238,7 +238,7 @@ def erase_features(folder: Path, users: Collection[int]) -> Taken:
 
 
 def erase_predictions(folder: Path, users: Collection[int]) -> Taken:
-    """Take the answers to the users' questions out of the units' files."""
+    """Take the users' rows, answers to their questions or texts about them, out of the units' files."""
     taken = Taken()
     for path in sorted(folder.glob("units/*.parquet")):
         table = pq.read_table(path)

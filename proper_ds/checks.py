@@ -11,7 +11,7 @@ from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
-from proper_ds.model.config import BaseConfig
+from proper_ds.model.config import NUM_PERSONAL, BaseConfig
 from proper_ds.section import Section
 from proper_ds.training.config import PROPER_ONLY, OptimSettings, RankTraining, UserConfig
 from proper_ds.training.schedule import wrong_kwargs
@@ -32,6 +32,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_users(config),
         *_batches(config),
         *_methods(config),
+        *_soft(config),
         *_update(config),
         *_ranks(config.distributed),
         *_deepspeed(config),
@@ -91,6 +92,8 @@ def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
         ("group", config.group),
         ("router", config.router),
         ("joint", config.joint),
+        ("pplug", config.pplug),
+        ("plora", config.plora),
     ]
 
 
@@ -102,6 +105,8 @@ def _trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
         "group": bool(needs.presets),
         "router": bool(needs.routers),
         "joint": bool(needs.joints),
+        "pplug": not PPLUG.isdisjoint(config.evaluation.methods),
+        "plora": "PLoRA" in config.evaluation.methods,
     }
     return [(name, stage) for name, stage in _rank_stages(config) if is_needed[name]]
 
@@ -267,6 +272,36 @@ def _methods(config: RunConfig) -> list[Problem]:
     if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:
         mend = "Remove it, or use `closed_labels: score`."
         problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))
+    return problems
+
+
+PPLUG = {"PPlug", "PPlug+population"}
+"""The methods that `pplug` belongs to."""
+
+
+def _soft(config: RunConfig) -> list[Problem]:
+    """PPlug, PLoRA and merged adapters."""
+    methods, pplug, problems = set(config.evaluation.methods), config.pplug, []
+    owners = {"pplug": PPLUG, "plora": {"PLoRA"}, "merge": {"merged"}}
+    for name in (name for name, owner in owners.items() if methods.isdisjoint(owner)):
+        section = getattr(config, name)
+        for key in sorted(type(section).model_fields):
+            if _changed(section, key):
+                wrong = f"has no effect without method {' or '.join(sorted(owners[name]))}"
+                mend = "Remove it, or add the method to evaluation.methods."
+                problems.append(Problem(f"{name}.{key}", wrong, mend))
+    for key in ("encoder_revision", "pooling", "query_prefix") if pplug.encoder is None else ():
+        if _changed(pplug, key):
+            wrong, mend = "has no effect without pplug.encoder", "Remove it, or name a sentence encoder."
+            problems.append(Problem(f"pplug.{key}", wrong, mend))
+    create, length = config.base.create, config.base.max_length
+    if create is not None and PPLUG & methods and length + NUM_PERSONAL > create.max_position_embeddings:
+        wrong = f"{length} leaves no room for PPlug's {NUM_PERSONAL} tokens before the input"
+        mend = f"Lower it, or raise base.create.max_position_embeddings to {length + NUM_PERSONAL}."
+        problems.append(Problem("base.max_length", wrong, mend))
+    if config.merge.num_neighbours > config.merge.num_anchors:
+        wrong = f"{config.merge.num_neighbours} is more than merge.num_anchors {config.merge.num_anchors}"
+        problems.append(Problem("merge.num_neighbours", wrong, "Lower it, or raise num_anchors."))
     return problems
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 FOLDER, PENDING = "forgotten", "pending.json"
-BY_PLACE = ("tokens", "features", "predictions")
+BY_PLACE = ("tokens", "features", "embeddings", "predictions")
 """Stages that know users by index alone."""
 OUT_OF_REACH = (
     "Not searched: Ray's own logs (its temporary folder on each node, the driver log of a job), output of the terminal"
@@ -178,7 +178,7 @@ class _Work:
     def retire(self) -> None:
         """Move aside what was made from data in another order, as the next run would."""
         order = self._order()
-        for name in [*BY_PLACE, *(f"group/{path.name}" for path in self.run.root.glob("group/*"))]:
+        for name in [*BY_PLACE, "plora", *(f"group/{path.name}" for path in self.run.root.glob("group/*"))]:
             place = self.run.stage(name)
             found = place.inputs() or place.begun()
             if found is not None and found.get("made_from", {}).get("order", order) != order:
@@ -199,8 +199,10 @@ class _Work:
         self.note("predictions", rows.erase_predictions(predictions.path, self.indices))
         if predictions.inputs() is not None:
             self._write_lamp_files(predictions)
-        for folder in ("group", "router", "store"):  # later stages save the level that they go on from
-            for path in sorted(run.root.glob(f"{folder}/*/level.safetensors")):
+        self.note("embeddings", rows.erase_embeddings(run.stage("embeddings").path, self.indices))
+        # later stages save the level that they go on from
+        for folder in ("group/*", "router/*", "store/*", "plora"):
+            for path in sorted(run.root.glob(f"{folder}/level.safetensors")):
                 self.note("user tables", rows.erase_table_lines(path, self.indices))
         for path in [
             *run.root.glob(CHECKPOINT),
@@ -266,7 +268,12 @@ def _drop_foreign(run: RunFolder, traces: Traces) -> int:
     That those rows are empty is read back by key and by place, not by these traces.
     """
     num_foreign = 0
-    for kind, folder in (("text", "prepared"), ("tokens", "tokens"), ("features", "features")):
+    for kind, folder in (
+        ("text", "prepared"),
+        ("tokens", "tokens"),
+        ("features", "features"),
+        ("embeddings", "embeddings"),
+    ):
         sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind.get(kind, []))}
         foreign = {number for _, number in scan(run.root / folder, [], sought).found}
         traces.by_kind[kind] = [trace for number, (trace,) in sought.items() if number not in foreign]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 RETRAIN = (
     "These hold nothing of one user apart from the others, but were learned from their items too. To take that out:"
-    " remove the folders base (where the run has one), tokens, population, features, group, store, router and"
-    " predictions from the run, and run it again; forgotten users stay left out."
+    " remove the folders base (where the run has one), tokens, population, features, embeddings, group, store,"
+    " router, pplug, plora and predictions from the run, and run it again; forgotten users stay left out."
 )
 
 
@@ -49,6 +49,8 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
     for preset in needs.joints:
         joint = router_users(tokens, config.joint.users, config.joint.max_users, split, config.seed)
         stages[f"store/{preset}-joint"] = (joint, config.joint.train_on)
+    stages |= {f"pplug/{base}": (train, config.pplug.train_on) for base in ("base", "population")}
+    stages["plora"] = (everybody, config.plora.train_on)
     for name, (mask, train_on) in stages.items():
         done = folder.stage(name).inputs()
         if done is not None:

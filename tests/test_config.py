@@ -105,7 +105,7 @@ def test_sections_of_methods_that_are_not_asked_for_have_no_effect(load):
     found = problems(
         load, "pplug.temperature=0.2", "pplug.pooling=cls", "plora.user_vector_size=8", "merge.num_anchors=2"
     )
-    assert "no effect without method PPlug or PPlug+population" in found["pplug.temperature"]
+    assert "no effect without method PPlug" in found["pplug.temperature"]
     assert "no effect without pplug.encoder" in found["pplug.pooling"]
     assert "no effect without method PLoRA" in found["plora.user_vector_size"]
     assert "more than merge.num_anchors 2" in found["merge.num_neighbours"]

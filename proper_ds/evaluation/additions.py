@@ -37,7 +37,13 @@ MAX_ROWS = 64
 
 
 class Addition(Protocol):
-    """What one method adds to the base, or to the base with the population LoRA merged."""
+    """What one method adds to the base, or to the base with the population LoRA merged.
+
+    Attributes:
+        num_experts: of its groups; 0 without.
+    """
+
+    num_experts: int
 
     def attach(self, model: PersonalModel) -> None:
         """Switch it on; whoever calls has switched everything else off."""
@@ -54,6 +60,8 @@ class Addition(Protocol):
 
 class PplugAnswers:
     """Personal tokens before the prompt."""
+
+    num_experts = 0
 
     def __init__(self, context: RunContext, with_population: bool) -> None:
         path = context.stage(pplug.stage_name(with_population)).path / pplug.WEIGHTS
@@ -86,6 +94,8 @@ class PplugAnswers:
 class PloraAnswers:
     """The users' vectors in one LoRA's rank space."""
 
+    num_experts = 0
+
     def __init__(self, context: RunContext) -> None:
         shared, self._table_LU = PersonalLoras.load(context.stage("plora").path / plora.WEIGHTS)
         self._shared, self._device = shared.to(context.device), context.device
@@ -93,7 +103,9 @@ class PloraAnswers:
 
     def attach(self, model: PersonalModel) -> None:
         """See Addition."""
-        model.attach_shared(self._shared.by_module(model.rows))
+        loras = self._shared.by_module(model.rows)
+        assert loras.keys() <= model.adapted.keys(), "PLoRA adapts modules that the model does not wrap"
+        model.attach_shared(loras)
 
     def detach(self, model: PersonalModel) -> None:
         """See Addition."""
@@ -112,6 +124,8 @@ class PloraAnswers:
 
 class MergedAnswers:
     """For each user a merge of the adapters of the most similar training users; without history the population."""
+
+    num_experts = 0
 
     def __init__(self, context: RunContext) -> None:
         self._context, config = context, context.config

@@ -50,6 +50,11 @@ def write_embeddings(folder: Path, first_user: int, users: Sequence[UserEmbeddin
         save_file(tensors, path)
 
 
+def is_written(folder: Path, first_user: int) -> bool:
+    """Whether the unit that begins with this user is committed."""
+    return (folder / f"{_PREFIX}{first_user:010d}.safetensors").exists()
+
+
 class EmbeddingData:
     """Reads embeddings by user; the files are mapped, not loaded."""
 

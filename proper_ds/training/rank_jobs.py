@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.observe.log import get_logger
+from proper_ds.run_folder import split_lane
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupStage
 from proper_ds.training.joint import JointStage
@@ -22,8 +24,13 @@ if TYPE_CHECKING:
 
 
 def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
-    """Stage `population`, `group/<preset>`, `router/<preset>`, `store/<preset>-joint`, `pplug/<base>` or `plora`."""
-    kind, _, preset = name.partition("/")
+    """The stage of this full name, in its lane.
+
+    It is `population`, `group/<preset>`, `router/<preset>`, `store/<preset>-joint`, `pplug/<base>` or `plora`.
+    """
+    own_name, lane = split_lane(name)
+    context = replace(context, lane=lane)
+    kind, _, preset = own_name.partition("/")
     if kind == "population":
         return PopulationStage(context)
     if kind == "pplug":

@@ -14,9 +14,10 @@ from proper_ds.data.recipe import recipe_problems
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.errors import Problem
+from proper_ds.evaluation.method_checks import check_soft
 from proper_ds.evaluation.methods import METHODS, all_methods, changed_recipe, methods_of, needs_of
 from proper_ds.model.config import BaseConfig
-from proper_ds.section import Section
+from proper_ds.section import is_changed
 from proper_ds.training.config import PROPER_ONLY, OptimSettings, RankTraining, UserConfig
 from proper_ds.training.schedule import wrong_kwargs
 
@@ -37,6 +38,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_batches(config),
         *_recipes(config),
         *_methods(config),
+        *check_soft(config),
         *_update(config),
         *_ranks(config.distributed),
         *_deepspeed(config),
@@ -52,7 +54,7 @@ def _data(config: RunConfig) -> list[Problem]:
         problems.append(Problem("data.prepared", "given together with data.path", "Keep one of the two."))
     if data.prepared is not None and not data.path:
         used = {"prepared", "train_split"}
-        idle = sorted(name for name in data.model_fields_set - used if _changed(data, name))
+        idle = sorted(name for name in data.model_fields_set - used if is_changed(data, name))
         mend = "It belongs to `proper-ds data prepare`; remove it here."
         problems += [Problem(f"data.{name}", "has no effect on prepared data", mend) for name in idle]
     taught = [name for name, stage in _trained_stages(config) if "queries" in stage.train_on]
@@ -61,11 +63,6 @@ def _data(config: RunConfig) -> list[Problem]:
         mend = f"Evaluate on another split, or set `train_on: [history]` in {', '.join(taught)}."
         problems.append(Problem("evaluation.split", wrong, mend))
     return problems
-
-
-def _changed(section: Section, name: str) -> bool:
-    """Unlike `model_fields_set`, this is the same when a written configuration, which has all keys, is loaded again."""
-    return bool(getattr(section, name) != type(section).model_fields[name].get_default())
 
 
 def _base(base: BaseConfig) -> list[Problem]:
@@ -157,12 +154,12 @@ def _experts(config: RunConfig) -> list[Problem]:
     if group.num_blocks is not None:
         problems += _blocks(config)
     for name in sorted(PROPER_ONLY) if presets and "proper" not in presets else []:
-        if not _changed(group, name):
+        if not is_changed(group, name):
             continue
         mend = "Remove it, or evaluate a method of preset proper."
         problems.append(Problem(f"group.{name}", "has no effect on proper-released", mend))
     if group.user_vector == "table":
-        for name in (name for name in ("history_dropout", "users") if _changed(group, name)):
+        for name in (name for name in ("history_dropout", "users") if is_changed(group, name)):
             problems.append(Problem(f"group.{name}", "has no effect with group.user_vector table", "Remove it."))
         if "history" not in group.train_on and "proper" in presets:
             wrong = "without `history`, but the user table has a row for each user, and would leave most untrained"
@@ -303,7 +300,7 @@ def _methods(config: RunConfig) -> list[Problem]:
         wrong = "without `history`, but proper-released has a row for each user, and would leave most of them untrained"
         problems.append(Problem("group.train_on", wrong, "Add `history`, or drop the released methods."))
     for name in sorted(type(config.joint).model_fields) if not needs.joints else []:
-        if _changed(config.joint, name):
+        if is_changed(config.joint, name):
             mend = "Remove it, or add proper-joint to evaluation.methods."
             problems.append(Problem(f"joint.{name}", "has no effect without method proper-joint", mend))
     if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:

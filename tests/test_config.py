@@ -112,6 +112,16 @@ def test_options_without_effect_are_mistakes(load):
     assert load(GOOD, "joint.max_users=5", with_joint).joint.max_users == 5
 
 
+def test_sections_of_methods_that_are_not_asked_for_have_no_effect(load):
+    found = problems(
+        load, "pplug.temperature=0.2", "pplug.pooling=cls", "plora.user_vector_size=8", "merge.num_anchors=2"
+    )
+    assert "no effect without method PPlug" in found["pplug.temperature"]
+    assert "no effect without pplug.encoder" in found["pplug.pooling"]
+    assert "no effect without method PLoRA" in found["plora.user_vector_size"]
+    assert "more than merge.num_anchors 2" in found["merge.num_neighbours"]
+
+
 def test_stages_that_no_method_needs_contradict_nothing(load, tmp_path):
     same_split = [f"{section}.train_on=[history]" for section in ("population", "group", "router")]
     assert load(GOOD, "evaluation.split=train", *same_split)

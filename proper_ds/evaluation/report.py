@@ -18,6 +18,7 @@ from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
 from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, read_predictions, write_lamp_files
+from proper_ds.evaluation.test_reads import num_reads
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
 from proper_ds.observe.metrics import read_events
 from proper_ds.store.elsewhere import open_store
@@ -84,6 +85,8 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "router_jumps": _router_jumps(context, stages),
         "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
+        "test_reads": num_reads(context.folder.root),
+        "chosen_by": config.chosen_by.model_dump(mode="json") if config.chosen_by else None,
     }
 
 

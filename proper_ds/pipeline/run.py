@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from proper_ds.data.tokens import tokenize
 from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.erasure.forget import check_nothing_pending
 from proper_ds.errors import UserError
+from proper_ds.evaluation.test_reads import TestReads
 from proper_ds.files import write_json_atomic
 from proper_ds.fleet.cluster import Cluster, ray_cluster
 from proper_ds.fleet.controller import Controller
@@ -49,9 +50,22 @@ if TYPE_CHECKING:
 class Run:
     """One run as the driver sees it."""
 
-    def __init__(self, config: RunConfig, view: ProgressView) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        view: ProgressView,
+        join: Callable[[], AbstractContextManager[Cluster]] = ray_cluster,
+        reads: TestReads | None = None,
+    ) -> None:
+        """Reads the input files' digests.
+
+        Args:
+            join: gives the Ray cluster when the first stage needs it; several runs may share one.
+            reads: the ledgers of test users; the run's own alone by default.
+        """
         self.config, self.view = config, view
         self.folder = RunFolder(config.output_path)
+        self._join, self._reads = join, reads or TestReads([self.folder.root])
         self.context = RunContext(config, torch.device("cpu"))
         self.stages = StageList(config)
         self.metrics = MetricsFile(self.folder.metrics)
@@ -71,6 +85,8 @@ class Run:
             self._stack = stack
             stack.enter_context(self.folder.locked())
             check_nothing_pending(self.folder.root)
+            if self._evaluates and not all(self._is_done(stage) for stage in self.stages.of("evaluate")):
+                self._reads.check(self.config, self.stages.data_digest)
             record_run(self.config, self.folder)
             if self.config.store.location is not None:
                 open_files(self.config.store.location)  # refuses places where two writers could both win
@@ -91,6 +107,10 @@ class Run:
                         )
                     continue
                 self._do(step, missing)
+        return self.is_done()
+
+    def is_done(self) -> bool:
+        """Whether every stage has a result of exactly this configuration, the report included."""
         return all(self._is_done(stage) for stage in self.stages)
 
     def _is_done(self, stage: Stage) -> bool:
@@ -120,7 +140,7 @@ class Run:
         """The Ray cluster; joined or started when the first stage needs it."""
         if self._cluster is None:
             assert self._stack is not None
-            self._cluster = self._stack.enter_context(ray_cluster())
+            self._cluster = self._stack.enter_context(self._join())
             get_logger().info("Ray: %s", self._cluster)
             self._settle_dtype(self._cluster.on_gpu)
         return self._cluster
@@ -290,6 +310,7 @@ class Run:
                 f"step evaluate: split {self.config.evaluation.split!r} has no questions; the data has {splits}"
                 " (evaluation.split)"
             )
+        self._reads.record(self.config, self.stages.data_digest)
         folder = self.folder.stage("predictions").path / "units"
         units = self._units(mask)
         pending = [unit for unit in units if not (folder / f"{unit.name}.parquet").exists()]

@@ -35,6 +35,7 @@ app.command("run")(run.run)
 app.command("check")(run.check)
 app.command("plan")(plan.plan)
 app.command("compare")(study.compare)
+app.command("sweep")(study.sweep)
 app.command("experts")(experts.experts)
 
 

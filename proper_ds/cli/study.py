@@ -11,7 +11,7 @@ from rich.console import Console
 
 from proper_ds.cli.run import LOG_WIDTH, Overrides
 from proper_ds.observe.progress import ProgressView
-from proper_ds.study.load import load_study
+from proper_ds.study.load import load_study, load_sweep
 
 
 def compare(
@@ -26,6 +26,23 @@ def compare(
 
     view = ProgressView(console())
     run_study(study, plan_runs(study, str(yaml)), view, again)
+
+
+def sweep(
+    yaml: Annotated[Path, typer.Argument(help="The sweep's YAML.")],
+    overrides: Overrides = None,
+) -> None:
+    """Try values of a run's configuration on dev users and write down the best."""
+    config = load_sweep(yaml, overrides or ())
+    from proper_ds.study.sweep import BEST
+    from proper_ds.study.sweep import sweep as run_sweep
+    from proper_ds.study.trials import plan_trials
+
+    trial, score = run_sweep(config, plan_trials(config, str(yaml)), ProgressView(console()))
+    typer.echo(f"best of {config.objective.split}: {score.metric} of {score.method} {score.value:.4f}")
+    for key, value in trial.overrides.items():
+        typer.echo(f"  {key}: {value}")
+    typer.echo(f"{Path(config.output_dir) / BEST}, for `chosen_by` of the run that takes it")
 
 
 def console() -> Console:

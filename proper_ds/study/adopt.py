@@ -180,10 +180,14 @@ def _copy_events(stage: Stage, donor: RunFolder, folder: RunFolder) -> None:
     own, _ = read_events(folder.metrics)
     known = {(event["time"], event["stage"]) for event in own}
     part = stage.name.rpartition("/")[2]
+
+    def is_its(event: dict[str, Any]) -> bool:
+        if event.get("event") == "done":  # of a step, which may be several stages
+            return False
+        by_step = event["stage"] == stage.step and event.get("part", part) in ("", part)
+        return event["stage"] == stage.name or by_step
+
     with folder.metrics.open("a", encoding="utf-8") as file:
         for event in events:
-            is_its = event["stage"] == stage.name or (
-                event["stage"] == stage.step and event.get("event") != "done" and event.get("part", part) in ("", part)
-            )
-            if is_its and (event["time"], event["stage"]) not in known:
+            if is_its(event) and (event["time"], event["stage"]) not in known:
                 file.write(json.dumps(event, ensure_ascii=False) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -11,7 +10,7 @@ from proper_ds.section import Section
 
 Changes = dict[str, Any]
 """What differs from `run`: sections as in a run's YAML, or dotted keys (`group.num_experts: 3`)."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*")
+_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._=,+-")
 OWN_KEYS = ("output_dir", "seed")
 """Keys of a run that a study or sweep gives each run itself."""
 
@@ -23,8 +22,13 @@ def _no_mapping(value: object) -> object:
 Overrides = Annotated[Changes, BeforeValidator(_no_mapping)]
 
 
+def is_name(value: str) -> bool:
+    """Whether a name can be a folder's, anywhere."""
+    return bool(value) and value[0].isalnum() and _SAFE.issuperset(value)
+
+
 def _check_names(names: list[str], what: str) -> None:
-    wrong = [name for name in names if not NAME.fullmatch(name)]
+    wrong = [name for name in names if not is_name(name)]
     if wrong:
         raise ValueError(f"{', '.join(map(repr, wrong))}: {what} are folder names; use letters, digits and . _ = , + -")
 

@@ -13,7 +13,7 @@ from proper_ds.config import RunConfig, absolute, validate
 from proper_ds.data.sources import find_sources
 from proper_ds.errors import ConfigError, Problem, ProperError
 from proper_ds.pipeline.plan import skeleton
-from proper_ds.study.config import NAME, OWN_KEYS, Changes, StudyConfig
+from proper_ds.study.config import OWN_KEYS, Changes, StudyConfig, is_name
 from proper_ds.study.merge import merged, without_model
 
 MAIN = "main"
@@ -57,7 +57,7 @@ def variants_of(study: StudyConfig) -> dict[str, Changes]:
     for name, change in made:
         if name in found:
             problems.append(Problem("vary", f"{name} is made twice", "Give each value once."))
-        if not NAME.fullmatch(name):
+        if not is_name(name):
             mend = "Name the changes: `{NAME: {KEY: VALUE}}` instead of a list of values."
             problems.append(Problem("vary", f"{name!r} is no folder name", mend))
         found[name] = change

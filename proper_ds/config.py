@@ -18,7 +18,7 @@ from proper_ds.checks import check_config
 from proper_ds.data.config import DataConfig
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.errors import ConfigError, Problem
-from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.evaluation.config import EvaluationConfig, MethodRecipe
 from proper_ds.files import digest_of_file
 from proper_ds.fleet.config import FleetConfig
 from proper_ds.model.config import BaseConfig
@@ -49,6 +49,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     chosen_by: ChosenBy | None = None
     """Path of a sweep's `best.yaml`: its values take the place of those in this file, and the report says so."""
+    recipes: dict[str, MethodRecipe] = {}
+    """Methods of one's own, and changes of shipped ones, by name."""
 
     @property
     def output_path(self) -> Path:

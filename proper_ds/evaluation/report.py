@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.gates import gate_history
 from proper_ds.evaluation.grouping import grouping_of, read_truth
-from proper_ds.evaluation.methods import METHODS, needs_of
+from proper_ds.evaluation.methods import methods_of, stages_of
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
@@ -29,6 +30,7 @@ from proper_ds.evaluation.results import (
 from proper_ds.evaluation.test_reads import num_reads
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
 from proper_ds.observe.metrics import read_events
+from proper_ds.run_folder import in_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
 
@@ -44,12 +46,11 @@ def write_report(context: RunContext, kept: Mapping[str, str]) -> dict[str, Any]
         kept: by stage, when a result was made that was kept although the data changed since.
     """
     root = context.folder.root
-    table = read_predictions(context.folder.stage("predictions").path)
-    methods: list[str] = list(context.config.evaluation.methods)
-    manifest = context.prepared.manifest
-    write_lamp_files(table, manifest.tasks, methods, context.folder.stage("predictions").path)
-    found = build_report(context, table) | {"kept": dict(kept)}
-    write_text_atomic(root / "report.html", html_of(found, _events(context, needs_of(methods).stages)))
+    folder, methods = root / "predictions", list(context.config.evaluation.methods)
+    for method in methods:
+        write_lamp_files(read_answers(folder / method), context.prepared.manifest.tasks, folder / method)
+    found = build_report(context, read_predictions(folder, methods)) | {"kept": dict(kept)}
+    write_text_atomic(root / "report.html", html_of(found, _events(context, stages_of(context.config))))
     write_text_atomic(root / "report.md", markdown_of(found))
     write_json_atomic(root / "report.json", found)
     return found
@@ -70,7 +71,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
             "generated": task.generated,
             "metrics": {metric.name: metric.higher_is_better for metric in metrics_of(task)},
         }
-    stages = needs_of(names).stages
+    stages = stages_of(config)
     methods = {m: {name: task["methods"].pop(m) for name, task in tasks.items()} for m in names}
     return {
         "run": str(context.folder.root),
@@ -85,7 +86,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "config_digest": digest_of(config.model_dump(mode="json")),
         "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
         "methods": methods,
-        "method_notes": {name: METHODS[name].says for name in names},
+        "method_notes": {method.name: method.says for method in methods_of(config)},
         "tasks": tasks,
         "users": _users(context, config),
         "experts": expert_use(table, names),
@@ -113,10 +114,9 @@ def _grouping(context: RunContext, table: pa.Table, methods: list[str]) -> dict[
 def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
     manifest = context.prepared.manifest
     sets = {}
-    methods = [METHODS[name] for name in config.evaluation.methods]
-    for name in dict.fromkeys(name for method in methods for name in (method.adapter_set, method.own_set)):
-        if name is None:
-            continue
+    methods = methods_of(config)
+    owned = [(m.lane, name) for m in methods for name in (m.adapter_set, m.own_set) if name is not None]
+    for name in dict.fromkeys(in_lane(name, lane) for lane, name in owned):
         store = open_store(context.folder.stage(f"store/{name}").path)
         users = store.users()
         num_bytes = store.stats().pack_bytes

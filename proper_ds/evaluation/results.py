@@ -5,15 +5,16 @@ Reads what `predict_job.py` committed; `report.py` turns the result into files f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from proper_ds.data.manifest import TaskManifest
+from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.bootstrap import Scored, percentiles, score
 from proper_ds.evaluation.config import EvaluationConfig
 from proper_ds.evaluation.metrics import Metric, metrics_of
@@ -39,10 +40,9 @@ class Answers:
     predictions: dict[str, list[str]]
 
 
-def read_predictions(folder: Path) -> pa.Table:
-    """All units' predictions as one table, in a fixed order."""
-    tables = [pq.read_table(path) for path in sorted((folder / "units").glob("*.parquet"))]
-    return pa.concat_tables(tables)
+def read_predictions(folder: Path, methods: Sequence[str]) -> pa.Table:
+    """All answers of the methods below `predictions/` as one table, in a fixed order."""
+    return pa.concat_tables([read_answers(folder / method) for method in methods])
 
 
 def answers_of(table: pa.Table, task: str, methods: list[str]) -> Answers:
@@ -155,15 +155,13 @@ def evaluate_task(task: TaskManifest, answers: Answers, config: EvaluationConfig
     return result
 
 
-def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], methods: list[str], folder: Path) -> None:
-    """Each method's answers in LaMP's own format: `<method>/<task>.json` with `task`, `golds` and `model`."""
+def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], folder: Path) -> None:
+    """A method's answers in LaMP's own format, `lamp/<task>.json` in the method's folder: `task`, `golds`, `model`."""
     rows = table.to_pylist()
-    for method in methods:
-        for name, task in tasks.items():
-            golds = [
-                {"id": r["id"], "output": r["prediction"]} for r in rows if r["method"] == method and r["task"] == name
-            ]
-            write_json_atomic(folder / method / f"{name}.json", {"task": task.lamp_id, "golds": golds, "model": method})
+    for name, task in tasks.items():
+        golds = [{"id": row["id"], "output": row["prediction"]} for row in rows if row["task"] == name]
+        about = {"task": task.lamp_id, "golds": golds, "model": folder.name}
+        write_json_atomic(folder / "lamp" / f"{name}.json", about)
 
 
 def mean_gates(table: pa.Table, methods: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -24,7 +24,7 @@ from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import read_events
 from proper_ds.pipeline.roster import keep_roster
 from proper_ds.pipeline.stages import Stage, StageList
-from proper_ds.run_folder import MARKER, RunFolder
+from proper_ds.run_folder import MARKER, RunFolder, split_lane
 from proper_ds.store.elsewhere import POINTER
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _is_open(config: RunConfig, folder: RunFolder, stage: Stage) -> bool:
 def _wanted(config: RunConfig, stage: Stage) -> Wanted:
     if stage.where != "ranks":
         return Wanted(stage.name, stage.fingerprint)
-    section = "joint" if stage.name.endswith("-joint") else stage.step
+    section = "joint" if split_lane(stage.name)[0].endswith("-joint") else stage.step
     batch = getattr(config, section).global_batch_size(config.distributed.num_ranks)
     return Wanted(stage.name, stage.fingerprint, batch)
 
@@ -175,17 +175,16 @@ def _copy(stage: Stage, donor: RunFolder, folder: RunFolder) -> None:
 
 
 def _copy_events(stage: Stage, donor: RunFolder, folder: RunFolder) -> None:
-    """What a stage logged, for the report: rank stages log under their name, the others under their step."""
+    """What a stage logged, for the report: rank stages log under their name, units under their step, with a part."""
     events, _ = read_events(donor.metrics)
     own, _ = read_events(folder.metrics)
     known = {(event["time"], event["stage"]) for event in own}
-    part = stage.name.rpartition("/")[2]
+    parts = (stage.name, stage.name.removeprefix("store/"))
 
     def is_its(event: dict[str, Any]) -> bool:
         if event.get("event") == "done":  # of a step, which may be several stages
             return False
-        by_step = event["stage"] == stage.step and event.get("part", part) in ("", part)
-        return event["stage"] == stage.name or by_step
+        return event["stage"] == stage.name or (event["stage"] == stage.step and event.get("part") in parts)
 
     with folder.metrics.open("a", encoding="utf-8") as file:
         for event in events:

@@ -6,15 +6,16 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.tasks import TASKS
+from proper_ds.evaluation.answers import SCHEMA
 from proper_ds.evaluation.config import EvaluationConfig
 from proper_ds.evaluation.plots import expert_spread, gain_by_history, learning_curves
-from proper_ds.evaluation.predict_job import SCHEMA
 from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, history_buckets, write_lamp_files
 
 TASK = TaskManifest.of(TASKS["LaMP_3"], "", generated=True)
@@ -70,8 +71,10 @@ def test_questions_with_hidden_golds_are_not_scored():
 
 
 def test_lamp_files_are_what_lamps_evaluator_reads(tmp_path):
-    write_lamp_files(table(), {"LaMP_3": TASK}, ["OPPU"], tmp_path)
-    found = json.loads((tmp_path / "OPPU" / "LaMP_3.json").read_text())
+    answers = table()
+    own = answers.filter(pc.equal(answers.column("method"), "OPPU"))
+    write_lamp_files(own, {"LaMP_3": TASK}, tmp_path / "OPPU")
+    found = json.loads((tmp_path / "OPPU" / "lamp" / "LaMP_3.json").read_text())
     assert found["task"] == "LaMP_3"
     assert len(found["golds"]) == 90
     assert set(found["golds"][0]) == {"id", "output"}

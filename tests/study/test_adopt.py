@@ -73,7 +73,7 @@ def fill(folder: RunFolder, stage: Stage):
     (place.path / "units").mkdir()
     (place.path / "units/a.bin").write_bytes(b"numbers")
     place.commit(stage.fingerprint, stage.settings, 5.0, stage.made_from)
-    MetricsFile(folder.metrics).log(stage.step, unit="a", part="")
+    MetricsFile(folder.metrics).log(stage.step, unit="a", part=stage.name)
     MetricsFile(folder.metrics).log(stage.step, event="done", seconds=5.0)
 
 

@@ -14,11 +14,20 @@ import pyarrow as pa
 
 from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.gates import gate_history
+from proper_ds.evaluation.grouping import grouping_of, read_truth
 from proper_ds.evaluation.methods import methods_of, stages_of
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
-from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, read_predictions, write_lamp_files
+from proper_ds.evaluation.results import (
+    answers_of,
+    evaluate_task,
+    expert_use,
+    mean_gates,
+    read_predictions,
+    write_lamp_files,
+)
+from proper_ds.evaluation.test_reads import num_reads
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
 from proper_ds.observe.metrics import read_events
 from proper_ds.run_folder import in_lane
@@ -81,11 +90,25 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "tasks": tasks,
         "users": _users(context, config),
         "experts": expert_use(table, names),
+        "grouping": _grouping(context, table, names),
         "gates": gate_history(_events(context, stages)),
         "router_jumps": _router_jumps(context, stages),
         "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
+        "test_reads": num_reads(context.folder.root),
+        "chosen_by": config.chosen_by.model_dump(mode="json") if config.chosen_by else None,
     }
+
+
+def _grouping(context: RunContext, table: pa.Table, methods: list[str]) -> dict[str, Any]:
+    truth = read_truth([str(source["path"]) for source in context.prepared.manifest.sources])
+    if not truth:
+        return {}
+    by_method = {
+        method: ([context.keys[user] for user in users], gates)
+        for method, (users, gates) in mean_gates(table, methods).items()
+    }
+    return grouping_of(by_method, truth)
 
 
 def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:

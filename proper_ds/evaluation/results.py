@@ -164,23 +164,30 @@ def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], folder: Pa
         write_json_atomic(folder / "lamp" / f"{name}.json", about)
 
 
+def mean_gates(table: pa.Table, methods: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By method with groups: (users [U], each one's gates [U, modules, experts], the mean over the questions)."""
+    found = {}
+    for method in methods:
+        rows = [row for row in table.to_pylist() if row["method"] == method and row["gates"]]
+        if not rows:
+            continue
+        gates = np.asarray([row["gates"] for row in rows], dtype=np.float64)
+        gates = gates.reshape(len(rows), -1, rows[0]["num_experts"])
+        users, inverse = np.unique([row["user"] for row in rows], return_inverse=True)
+        means = np.zeros((len(users), *gates.shape[1:]))
+        np.add.at(means, inverse, gates)
+        found[method] = (users, means / np.bincount(inverse)[:, None, None])
+    return found
+
+
 def expert_use(table: pa.Table, methods: list[str]) -> dict[str, Any]:
     """How users spread over experts, by method with groups.
 
     `dominant_share` [modules][experts]: the share of users whose strongest expert in that module it is.
     """
     found: dict[str, Any] = {}
-    for method in methods:
-        rows = [row for row in table.to_pylist() if row["method"] == method and row["gates"]]
-        if not rows:
-            continue
-        num_experts = rows[0]["num_experts"]
-        users = np.asarray([row["user"] for row in rows])
-        gates = np.asarray([row["gates"] for row in rows], dtype=np.float64).reshape(len(rows), -1, num_experts)
-        _, inverse = np.unique(users, return_inverse=True)
-        means = np.zeros((inverse.max() + 1, *gates.shape[1:]))
-        np.add.at(means, inverse, gates)
-        means /= np.bincount(inverse)[:, None, None]
+    for method, (_, means) in mean_gates(table, methods).items():
+        num_experts = means.shape[-1]
         strongest = means.argmax(-1)
         share = np.stack([(strongest == expert).mean(0) for expert in range(num_experts)], axis=-1)
         found[method] = {

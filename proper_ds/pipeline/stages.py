@@ -261,6 +261,7 @@ class StageList:
         before = list(dict.fromkeys(before))
         self._add("predictions", "evaluate", "fleet", settings, before)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}
+        bootstrap["references"] = evaluation.compared_with
         self._add("report", "report", "driver", bootstrap, ["predictions"])
 
 

@@ -22,7 +22,7 @@ from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
 from proper_ds.erasure.rows import Taken
 from proper_ds.erasure.scan import Scan, scan
 from proper_ds.errors import UserError
-from proper_ds.evaluation.answers import read_predictions, write_lamp_files
+from proper_ds.evaluation.questions import read_predictions, write_lamp_files
 from proper_ds.files import write_json_atomic
 from proper_ds.run_folder import RunFolder, StageFolder, stage_of
 from proper_ds.store.elsewhere import location_of, open_store
@@ -219,7 +219,8 @@ class _Work:
         if not all((predictions.path / method).exists() for method in done["settings"]["methods"]):
             return  # the report has not been made
         tasks = Manifest.read(self.context.prepared_path).tasks
-        write_lamp_files(read_predictions(predictions.root), tasks, done["settings"]["methods"], predictions.path)
+        methods = done["settings"]["methods"]
+        write_lamp_files(read_predictions(predictions.root, methods), tasks, methods, predictions.path)
 
     def words(self) -> None:
         """Lines that speak of the users."""

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
 from proper_ds.evaluation.methods import METHODS, needs_of
-from proper_ds.evaluation.metrics import metrics_of
+from proper_ds.evaluation.protocol import protocol_of
+from proper_ds.evaluation.published import published_for
+from proper_ds.evaluation.questions import PREDICTIONS, read_predictions, write_lamp_files
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
-from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, read_predictions, write_lamp_files
+from proper_ds.evaluation.results import Scoring, expert_use, score_tasks
+from proper_ds.evaluation.state import bytes_per_user
+from proper_ds.evaluation.verify import by_method, write_sums
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
+from proper_ds.model.presets import preset_of
 from proper_ds.observe.metrics import read_events
 from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
@@ -35,10 +41,9 @@ def write_report(context: RunContext, kept: Mapping[str, str]) -> dict[str, Any]
         kept: by stage, when a result was made that was kept although the data changed since.
     """
     root = context.folder.root
-    table = read_predictions(context.folder.stage("predictions").path)
-    methods: list[str] = list(context.config.evaluation.methods)
-    manifest = context.prepared.manifest
-    write_lamp_files(table, manifest.tasks, methods, context.folder.stage("predictions").path)
+    methods = list(context.config.evaluation.methods)
+    table = read_predictions(root, methods)
+    write_lamp_files(table, context.prepared.manifest.tasks, methods, root / PREDICTIONS)
     found = build_report(context, table) | {"kept": dict(kept)}
     write_text_atomic(root / "report.html", html_of(found, _events(context, needs_of(methods).stages)))
     write_text_atomic(root / "report.md", markdown_of(found))
@@ -47,37 +52,30 @@ def write_report(context: RunContext, kept: Mapping[str, str]) -> dict[str, Any]
 
 
 def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
-    """All numbers of the report."""
+    """All numbers of the report.
+
+    Every score is computed from the files that `predictions` names, under the configuration of `config_digest`;
+    `verify.py` does it again. `methods` holds scores [method][task][metric]; `costs` what each method cost; `tasks`
+    the rest that is known of each task (see `evaluate_task`), with figures that others published for it.
+    """
     config, manifest = context.config, context.prepared.manifest
-    names: list[str] = list(config.evaluation.methods)
-    tasks: dict[str, Any] = {}
-    for name, task in manifest.tasks.items():
-        answers = answers_of(table, name, names)
-        if not answers.ids:
-            continue
-        tasks[name] = evaluate_task(task, answers, config.evaluation) | {
-            "lamp_id": task.lamp_id,
-            "kind": task.kind,
-            "generated": task.generated,
-            "metrics": {metric.name: metric.higher_is_better for metric in metrics_of(task)},
-        }
+    names = list(config.evaluation.methods)
+    scored = by_method(score_tasks(table, manifest.tasks, names, Scoring.of(config.evaluation)), names)
+    protocol = protocol_of(context)
+    for name, about in scored["tasks"].items():
+        about["protocol"] = protocol["name"]
+        about["published"] = published_for(name, about, protocol["name"], protocol["base"])
     stages = needs_of(names).stages
-    methods = {m: {name: task["methods"].pop(m) for name, task in tasks.items()} for m in names}
     return {
         "run": str(context.folder.root),
-        "protocol": {
-            "split": config.evaluation.split,
-            "closed_labels": config.evaluation.closed_labels,
-            "ordinal": config.evaluation.ordinal,
-            "confidence": config.evaluation.confidence,
-            "num_bootstrap_samples": config.evaluation.num_bootstrap_samples,
-        },
+        "protocol": protocol,
         "base": context.base_name,
         "config_digest": digest_of(config.model_dump(mode="json")),
+        "predictions": write_sums(context.folder.root, names),
         "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
-        "methods": methods,
+        **scored,
         "method_notes": {name: METHODS[name].says for name in names},
-        "tasks": tasks,
+        "costs": _costs(context, names),
         "users": _users(context, config),
         "experts": expert_use(table, names),
         "gates": gate_history(_events(context, stages)),
@@ -85,6 +83,26 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
     }
+
+
+def _costs(context: RunContext, names: Sequence[str]) -> dict[str, Any]:
+    behind = {name: stages_behind(name, context.config) for name in names}
+    events, works = read_events(context.folder.metrics)[0], dict[str, Work]()
+    for stage in {stage for stages in behind.values() for stage in stages}:
+        marker = context.folder.stage(stage).inputs()
+        if marker is not None:
+            works[stage] = work_of(stage, marker, events)
+    return costs_of(behind, works, {name: bytes_per_user(context, METHODS[name]) for name in names}, events)
+
+
+def stages_behind(name: str, config: RunConfig) -> list[str]:
+    """The stages that had to be trained or computed for a method, in order; data, base and tokens are everybody's."""
+    needs = needs_of([name])
+    found = ["population"] if needs.population else []
+    encoders = [p for p in needs.presets if preset_of(p, config.group.user_vector).user_vector == "encoder"]
+    found += ["features"] if encoders else []
+    found += [f"group/{preset}" for preset in needs.presets] + [f"store/{name}" for name in needs.adapter_sets]
+    return [*found, *(f"router/{p}" for p in needs.routers), *(f"store/{p}-joint" for p in needs.joints)]
 
 
 def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:

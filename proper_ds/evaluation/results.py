@@ -1,7 +1,7 @@
 """From predictions to scores: by method, task, metric and history length, with paired bootstrap differences.
 
-Reads what `answers.py` puts in order; `report.py` turns the result into files for people. The numbers of a task depend
-on its answers and on `Scoring` alone, so that `verify.py` can compute them again.
+Reads what `questions.py` puts in order; `report.py` turns the result into files for people. The numbers of a task
+depend on its answers and on `Scoring` alone, so that `verify.py` can compute them again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from proper_ds.data.manifest import TaskManifest
-from proper_ds.evaluation.answers import Answers, answers_of
 from proper_ds.evaluation.bootstrap import Scores, intervals, score
 from proper_ds.evaluation.compare import against_floor, comparisons, matrix
 from proper_ds.evaluation.config import EvaluationConfig
 from proper_ds.evaluation.history import history_buckets, history_parts
 from proper_ds.evaluation.metrics import Metric, metrics_of
+from proper_ds.evaluation.questions import Answers, answers_of
 from proper_ds.files import seed_of
 
 

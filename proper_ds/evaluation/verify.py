@@ -15,7 +15,7 @@ from typing import Any
 
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.errors import UserError
-from proper_ds.evaluation.answers import SCORED, prediction_files, read_predictions
+from proper_ds.evaluation.questions import SCORED, prediction_files, read_predictions
 from proper_ds.evaluation.results import Scoring, score_tasks
 from proper_ds.files import write_text_atomic
 
@@ -30,13 +30,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sums_of(root: Path) -> str:
-    return "".join(f"{_sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in prediction_files(root))
+def _sums_of(root: Path, methods: Sequence[str]) -> str:
+    files = prediction_files(root, methods)
+    return "".join(f"{_sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files)
 
 
-def write_sums(root: Path) -> dict[str, str]:
+def write_sums(root: Path, methods: Sequence[str]) -> dict[str, str]:
     """Write the checksums of the predictions of the run in `root`; what a report says of them."""
-    write_text_atomic(root / SUMS, _sums_of(root))
+    write_text_atomic(root / SUMS, _sums_of(root, methods))
     return {"file": SUMS, "sha256": _sha256(root / SUMS)}
 
 
@@ -66,18 +67,18 @@ def verify(root: Path) -> Verified:
         raise UserError(f"{root} holds no report.json; give the folder of a run that has its report") from None
     if "predictions" not in report:
         raise UserError(f"{root}/report.json names no predictions: it is of an earlier version; make it again")
-    files = prediction_files(root)
+    protocol, methods = report["protocol"], list(report["methods"])
+    files = prediction_files(root, methods)
     if not files:
         raise UserError(f"{root} holds no predictions to compute the numbers of its report from")
-    protocol, methods = report["protocol"], list(report["methods"])
     scoring = Scoring(protocol["num_bootstrap_samples"], protocol["confidence"], tuple(protocol["references"]))
     manifests = {name: _manifest_of(name, about) for name, about in report["tasks"].items()}
-    again = by_method(score_tasks(read_predictions(root, SCORED), manifests, methods, scoring), methods)
+    again = by_method(score_tasks(read_predictions(root, methods, SCORED), manifests, methods, scoring), methods)
     there = {
         name: {key: value for key, value in report["tasks"][name].items() if key in task}
         for name, task in again["tasks"].items()
     }
-    problems = _changed_files(root, report["predictions"])
+    problems = _changed_files(root, methods, report["predictions"])
     problems += differences(again, {"methods": report["methods"], "tasks": there})
     return Verified(sum(1 for _ in _numbers(again)), len(files), problems)
 
@@ -129,13 +130,13 @@ def _manifest_of(name: str, about: dict[str, Any]) -> TaskManifest:
     return TaskManifest(name, about["lamp_id"], kind, "", (), labels, metrics, 0, about["generated"])
 
 
-def _changed_files(root: Path, sums: dict[str, str]) -> list[str]:
+def _changed_files(root: Path, methods: Sequence[str], sums: dict[str, str]) -> list[str]:
     """Files of predictions that are not what the report was made from."""
     path = root / sums["file"]
     if not path.exists() or _sha256(path) != sums["sha256"]:
         return [f"{sums['file']}: missing, or not what report.json was written with"]
     before = {file: digest for digest, file in (line.split("  ", 1) for line in path.read_text().splitlines())}
-    now = {file: digest for digest, file in (line.split("  ", 1) for line in _sums_of(root).splitlines())}
+    now = {file: digest for digest, file in (line.split("  ", 1) for line in _sums_of(root, methods).splitlines())}
     return [
         f"{file}: changed, new or gone"
         for file in sorted(before.keys() | now.keys())

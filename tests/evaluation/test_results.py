@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper_ds.evaluation.answers import answers_of, read_predictions, write_lamp_files
 from proper_ds.evaluation.history import history_buckets, history_parts
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.plots import expert_spread, gain_by_history, learning_curves
+from proper_ds.evaluation.questions import answers_of, write_lamp_files
 from proper_ds.evaluation.results import Scoring, evaluate_task, expert_use
 from proper_ds.evaluation.verify import differences
 from tests.evaluation.crafted import RATINGS, TAGS, ratings, row, table
@@ -138,19 +138,6 @@ def test_two_people_may_have_questions_of_the_same_name():
     rows = [row("OPPU", user, 0, "1", answer, 2, id="q") for user, answer in ((0, "1"), (1, "5"))]
     result = result_of(rows, ["OPPU"])
     assert (result["num_questions"], result["methods"]["OPPU"]["mae"]["value"]) == (2, 2)
-
-
-def test_floors_are_read_with_the_predictions(tmp_path):
-    import pyarrow.parquet as pq
-
-    (tmp_path / "predictions" / "units").mkdir(parents=True)
-    pq.write_table(table(ratings({"OPPU": 0.5})), tmp_path / "predictions" / "units" / "unit-0.parquet")
-    assert set(read_predictions(tmp_path).column("method").to_pylist()) == {"OPPU"}
-    (tmp_path / "floors").mkdir()
-    pq.write_table(table(ratings({"words": 0.5})), tmp_path / "floors" / "predictions.parquet")
-    found = read_predictions(tmp_path)
-    assert set(found.column("method").to_pylist()) == {"OPPU", "words"}
-    assert set(answers_of(found, "LaMP_3", ["OPPU", "words"]).predictions) == {"OPPU", "words"}
 
 
 def test_values_are_the_metrics_over_all_questions():

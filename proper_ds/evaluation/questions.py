@@ -18,9 +18,7 @@ from proper_ds.data.manifest import TaskManifest
 from proper_ds.files import write_json_atomic
 
 PREDICTIONS = "predictions"
-"""The folder of a run's predictions; they lie in its `units`."""
-FLOORS_FILE = "floors/predictions.parquet"
-"""Answers of the methods without a language model, below the run's folder."""
+"""The folder of a run's predictions."""
 SCORED = ["method", "user", "task", "id", "gold", "prediction", "num_history"]
 """The columns that scores are computed from."""
 
@@ -42,15 +40,15 @@ class Answers:
     predictions: dict[str, list[str]]
 
 
-def prediction_files(root: Path) -> list[Path]:
-    """All files of predictions of the run in `root`, in a fixed order."""
-    floors = root / FLOORS_FILE
-    return sorted((root / PREDICTIONS / "units").glob("*.parquet")) + ([floors] if floors.exists() else [])
+def prediction_files(root: Path, methods: Sequence[str]) -> list[Path]:
+    """All files of the methods' predictions of the run in `root`, in a fixed order."""
+    folders = [root / PREDICTIONS, *(root / PREDICTIONS / method for method in methods)]
+    return [path for folder in folders for path in sorted((folder / "units").glob("*.parquet"))]
 
 
-def read_predictions(root: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The predictions of the run in `root` as one table, in a fixed order; of all columns, or the given ones."""
-    return pa.concat_tables(pq.read_table(path, columns=columns) for path in prediction_files(root))
+def read_predictions(root: Path, methods: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+    """The methods' predictions of the run in `root` as one table, in a fixed order; all columns, or the given ones."""
+    return pa.concat_tables(pq.read_table(path, columns=columns) for path in prediction_files(root, methods))
 
 
 def answers_of(table: pa.Table, task: str, methods: Sequence[str]) -> Answers:

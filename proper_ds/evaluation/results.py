@@ -74,8 +74,8 @@ def _entries(scores: Scores, confidence: float) -> dict[str, dict[str, Any]]:
     }
 
 
-Scorer = Callable[[Metric, np.ndarray], Scores]
-"""Scores of a metric for the questions where the mask [Q] is true."""
+Scorer = Callable[[np.ndarray], list[Scores]]
+"""Scores of every metric for the questions where the mask [Q] is true."""
 
 
 def _scorer(answers: Answers, metrics: Sequence[Metric], scoring: Scoring) -> Scorer:
@@ -89,18 +89,18 @@ def _scorer(answers: Answers, metrics: Sequence[Metric], scoring: Scoring) -> Sc
         sums = {method: user_sums(stats_QK[chosen_Q], users) for method, stats_QK in stats[metric.name].items()}
         return score(metric, sums, scoring.num_bootstrap_samples, seed_of("bootstrap", metric.name))
 
-    return scores_of
+    return lambda chosen_Q: [scores_of(metric, chosen_Q) for metric in metrics]
 
 
-def _part(scores_of: Scorer, metrics: Sequence[Metric], chosen_Q: np.ndarray, scoring: Scoring) -> dict[str, Any]:
-    """`methods` and `comparisons` of some of the questions, by metric."""
-    found: dict[str, Any] = {"methods": {}, "comparisons": {}}
-    for metric in metrics:
-        scores = scores_of(metric, chosen_Q)
+def _part(found: Sequence[Scores], scoring: Scoring) -> dict[str, Any]:
+    """`methods` and `comparisons` by metric."""
+    part: dict[str, Any] = {"methods": {}, "comparisons": {}}
+    for scores in found:
+        name = scores.metric.name
         for method, entry in _entries(scores, scoring.confidence).items():
-            found["methods"].setdefault(method, {})[metric.name] = entry
-        found["comparisons"][metric.name] = comparisons(scores, scoring.references, scoring.confidence)
-    return found
+            part["methods"].setdefault(method, {})[name] = entry
+        part["comparisons"][name] = comparisons(scores, scoring.references, scoring.confidence)
+    return part
 
 
 def evaluate_task(task: TaskManifest, answers: Answers, scoring: Scoring) -> dict[str, Any]:
@@ -112,19 +112,18 @@ def evaluate_task(task: TaskManifest, answers: Answers, scoring: Scoring) -> dic
     lists with the same `methods` and `comparisons` for users by history length: buckets, and cold users and halves
     (`part` says which).
     """
-    metrics = metrics_of(task)
-    scores_of = _scorer(answers, metrics, scoring)
-    everybody = np.ones(len(answers.golds), dtype=bool)
+    scores_of = _scorer(answers, metrics_of(task), scoring)
+    whole = scores_of(np.ones(len(answers.golds), dtype=bool))
     result: dict[str, Any] = {"num_questions": len(answers.golds), "num_users": len(np.unique(answers.users))}
-    result |= _part(scores_of, metrics, everybody, scoring)
-    result["matrix"] = {metric.name: matrix(scores_of(metric, everybody), scoring.confidence) for metric in metrics}
-    result["floor"] = against_floor(scores_of(metrics[0], everybody), scoring.confidence)
+    result |= _part(whole, scoring)
+    result["matrix"] = {scores.metric.name: matrix(scores, scoring.confidence) for scores in whole}
+    result["floor"] = against_floor(whole[0], scoring.confidence)
 
     def slice_of(label: str, low: int, high: int) -> dict[str, Any]:
         chosen = (answers.history >= low) & (answers.history <= high)
         num_users = len(np.unique(answers.users[chosen]))
         about = {"history": label, "num_users": num_users, "num_questions": int(chosen.sum())}
-        return about | _part(scores_of, metrics, chosen, scoring)
+        return about | _part(scores_of(chosen), scoring)
 
     history, users = answers.history, answers.users
     result["by_history"] = [slice_of(*bucket) for bucket in history_buckets(history, users)]

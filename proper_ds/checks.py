@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from proper_ds.data.recipe import recipe_problems
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.errors import Problem
-from proper_ds.evaluation.methods import needs_of
+from proper_ds.evaluation.methods import METHODS, all_methods, changed_recipe, methods_of, needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import Section
 from proper_ds.training.config import PROPER_ONLY, OptimSettings, RankTraining, UserConfig
@@ -31,6 +35,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_schedules(config),
         *_users(config),
         *_batches(config),
+        *_recipes(config),
         *_methods(config),
         *_update(config),
         *_ranks(config.distributed),
@@ -96,7 +101,7 @@ def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
 
 def _trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
     """Those of the stages on ranks that the methods need."""
-    needs = needs_of(config.evaluation.methods)
+    needs = needs_of(config)
     is_needed = {
         "population": needs.population,
         "group": bool(needs.presets),
@@ -131,7 +136,7 @@ def _packing(config: RunConfig) -> list[Problem]:
 
 def _experts(config: RunConfig) -> list[Problem]:
     group, distributed, problems = config.group, config.distributed, []
-    presets = needs_of(config.evaluation.methods).presets
+    presets = needs_of(config).presets
     size = distributed.expert_parallel_size
     if size > 1 and distributed.num_ranks % size:
         wrong = f"{size} does not divide distributed.num_ranks {distributed.num_ranks}"
@@ -242,9 +247,42 @@ def _batches(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def _recipes(config: RunConfig) -> list[Problem]:
+    """Names of methods, and what the run makes of them."""
+    problems, known = [], all_methods(config)
+    for name, recipe in config.recipes.items():
+        key, like = f"recipes.{name}", recipe.like or name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}", name):
+            mend = "Use letters, digits, `+`, `.`, `_` and `-`, 64 at most: folders are called so."
+            problems.append(Problem(key, f"{name!r} cannot name a method", mend))
+        if like not in METHODS:
+            near = difflib.get_close_matches(like, METHODS, n=1)
+            mend = f"Did you mean `{near[0]}`?" if near else f"Shipped methods are {', '.join(METHODS)}."
+            problems.append(Problem(f"{key}.like", f"no shipped method {like!r}", mend))
+            continue
+        if METHODS[like].kind == "floor" and recipe.prompt:
+            problems.append(Problem(f"{key}.prompt", f"has no effect: {like} has no prompts", "Remove it."))
+        elif METHODS[like].kind != "model" and recipe.prompt:
+            wrong = f"{like} answers plain prompts only"
+            problems.append(Problem(f"{key}.prompt", wrong, "Remove it, or make it from another method."))
+        else:
+            changed, wrong_values = changed_recipe(METHODS[like], recipe.prompt)
+            problems += [replace(problem, key=f"{key}.prompt.{problem.key}") for problem in wrong_values]
+            problems += recipe_problems(changed, f"{key}.prompt") if changed is not None else []
+        if name not in config.evaluation.methods:
+            mend = "Add it to evaluation.methods, or remove it."
+            problems.append(Problem(key, "has no effect: the method is not evaluated", mend))
+    for name in config.evaluation.methods:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            mend = f"Did you mean `{near[0]}`?" if near else f"Methods are {', '.join(known)}."
+            problems.append(Problem("evaluation.methods", f"unknown method {name!r}", mend))
+    return problems
+
+
 def _methods(config: RunConfig) -> list[Problem]:
     evaluation, problems = config.evaluation, []
-    needs = needs_of(evaluation.methods)
+    needs = needs_of(config)
     missing = sorted(set(config.group.lora.target_modules) - set(config.user.lora.target_modules))
     lora_aware = needs.routers or needs.joints
     if lora_aware and missing:
@@ -288,9 +326,12 @@ def _update(config: RunConfig) -> list[Problem]:
     key, problems = "user.only_changed", []
     if not config.user.only_changed:
         return []
-    if not needs_of(config.evaluation.methods).adapter_sets:
+    if not needs_of(config).adapter_sets:
         mend = "Remove it, or evaluate a method with user adapters, such as OPPU."
         problems.append(Problem(key, "has no effect: no method of evaluation.methods has user adapters", mend))
+    if others := [m.name for m in methods_of(config) if m.lane or m.kind not in ("model", "floor")]:
+        wrong = f"keeps shared stages of plain prompts only, not those behind {', '.join(others)}"
+        problems.append(Problem(key, wrong, "Leave these methods out, or train all anew without user.only_changed."))
     if config.data.prepared is not None:
         mend = "Give `data.path`: the run prepares each night's data itself, so that users keep their places."
         problems.append(Problem(key, "cannot work on data.prepared", mend))
@@ -306,7 +347,7 @@ def _ranks(distributed: DistributedConfig) -> list[Problem]:
 
 def _deepspeed(config: RunConfig) -> list[Problem]:
     key = "distributed.deepspeed"
-    if not needs_of(config.evaluation.methods).population:
+    if not needs_of(config).population:
         return []
     try:
         raw = read_ds_file(config.distributed.deepspeed)

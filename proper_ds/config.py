@@ -18,7 +18,7 @@ from proper_ds.checks import check_config
 from proper_ds.data.config import DataConfig
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.errors import ConfigError, Problem
-from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.evaluation.config import EvaluationConfig, MethodRecipe
 from proper_ds.fleet.config import FleetConfig
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import Section, problems_of
@@ -45,6 +45,8 @@ class RunConfig(Section):
     fleet: FleetConfig = FleetConfig()
     store: StoreConfig = StoreConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    recipes: dict[str, MethodRecipe] = {}
+    """Methods of one's own, and changes of shipped ones, by name."""
 
     @property
     def output_path(self) -> Path:

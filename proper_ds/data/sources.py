@@ -97,7 +97,7 @@ def _find_source(path: Path, config: DataConfig) -> Source:
             " For a folder written by `data prepare` use data.prepared."
         )
     folder = path if path.is_dir() else path.parent
-    info = _read_info(folder / "info.json")
+    info = read_info(folder / "info.json")
     if found == "lamp":
         return _lamp_source(path, files, info, config.task)
     ending = ".jsonl" if found == "jsonl" else ".parquet"
@@ -153,7 +153,8 @@ def _lamp_source(path: Path, files: list[Path], info: dict[str, Any], task: str 
     return Source(path, "lamp", tuple(questions), tuple(golds), info, str(declared))
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def read_info(path: Path) -> dict[str, Any]:
+    """A data set's info.json, or {} where there is none. Raises DataError for a broken one or a misspelt key."""
     if not path.exists():
         return {}
     try:

@@ -127,14 +127,14 @@ def traces_of(run: RunFolder, places: dict[str, int], keys: Sequence[str]) -> Tr
         texts = [item.text for item in user.history] + [query.input for query in user.queries]
         texts += [item.answer for item in user.history]
         traces.add("text", [text.encode() for text in texts if len(text.encode()) >= MIN_TEXT_BYTES])
-    if run.stage("tokens").inputs() is not None:
-        tokens = TokenData(run.stage("tokens").path)
+    for place in (place for place in run.in_all_lanes("tokens") if place.inputs() is not None):
+        tokens = TokenData(place.path)
         for index in places.values():
             rows = tokens.examples_of(*tokens.range_of(index)) if index < tokens.num_users else []
             long = [row.ids.astype(np.int32).tobytes() for row in rows if len(row.ids) >= MIN_TOKENS and row.ids.any()]
             traces.add("tokens", long)
-    if run.stage("features").inputs() is not None:
-        features = FeatureData(run.stage("features").path)
+    for place in (place for place in run.in_all_lanes("features") if place.inputs() is not None):
+        features = FeatureData(place.path)
         for index in places.values():
             if features.has(index):
                 rows_IF = features.items(index).contiguous().numpy()

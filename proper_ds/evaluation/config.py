@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from proper_ds.section import Section
 
-MethodName = Literal[
-    "base",
-    "population",
-    "group",
-    "group-released",
-    "OPPU",
-    "proper",
-    "proper-released",
-    "proper-joint",
-    "proper-user-gates",
-    "proper-released-user-gates",
-]
-DEFAULT_METHODS: list[MethodName] = ["base", "population", "group", "OPPU", "proper", "proper-released"]
+DEFAULT_METHODS = ["base", "population", "group", "OPPU", "proper", "proper-released"]
 USUAL_REFERENCES = ("population", "OPPU", "proper")
+
+
+class MethodRecipe(Section):
+    """A method of one's own, or a change of a shipped one, as `RAG-8: {like: RAG, prompt: {num_retrieved: 8}}`."""
+
+    like: str | None = None
+    """The shipped method that it is made from; by default the one of the same name."""
+    prompt: dict[str, Any] = {}
+    """What of its prompts differs; keys as in `PromptRecipe` (data/recipe.py)."""
 
 
 class EvaluationConfig(Section):
     """All methods answer the same questions through the same code."""
 
-    methods: list[MethodName] = DEFAULT_METHODS
+    methods: list[str] = DEFAULT_METHODS
+    """Names from docs/methods.md, or of the run's own `recipes`."""
     split: str = "dev"
     """The split whose questions are answered."""
     closed_labels: Literal["score", "generate"] = "score"
@@ -36,6 +34,8 @@ class EvaluationConfig(Section):
     """Ratings under `closed_labels: score`: the likeliest rating, or the median of the ratings' distribution."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """For generated answers; by default what the task says."""
+    max_floor_examples: int = Field(default=200_000, ge=1)
+    """Methods without a language model are fitted to a sample of so many history items and questions."""
     num_bootstrap_samples: int = Field(default=1000, ge=10)
     confidence: float = Field(default=0.95, gt=0, lt=1)
     references: list[str] | None = None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from proper_ds.data.manifest import TaskManifest
+from proper_ds.evaluation.meteor import meteor
 
 
 @dataclass(frozen=True)
@@ -130,5 +131,6 @@ def metrics_of(task: TaskManifest) -> list[Metric]:
         "rmse": lambda: _simple("rmse", lambda gold, given: rating_error(gold, given) ** 2, False, np.sqrt),
         "rouge-1": lambda: _simple("rouge-1", rouge("rouge1"), True),
         "rouge-L": lambda: _simple("rouge-L", rouge("rougeL"), True),
+        "meteor-stem": lambda: _simple("meteor-stem", meteor, True),
     }
     return [made[name]() for name in task.metrics]

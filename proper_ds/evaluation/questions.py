@@ -1,6 +1,6 @@
-"""Predictions as they lie in a run's folder: read, put in order by question, and written in LaMP's own format.
+"""All methods' answers to the same questions, put in order: what `results.py`, `verify.py` and studies score.
 
-`predict_job.py` and the floors commit them; `results.py`, `verify.py`, the study's tables and erasure read them.
+The files are those of `answers.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from proper_ds.data.manifest import TaskManifest
-from proper_ds.files import write_json_atomic
+from proper_ds.evaluation.answers import answer_files
 
 PREDICTIONS = "predictions"
 """The folder of a run's predictions."""
@@ -41,13 +40,12 @@ class Answers:
 
 
 def prediction_files(root: Path, methods: Sequence[str]) -> list[Path]:
-    """All files of the methods' predictions of the run in `root`, in a fixed order."""
-    folders = [root / PREDICTIONS, *(root / PREDICTIONS / method for method in methods)]
-    return [path for folder in folders for path in sorted((folder / "units").glob("*.parquet"))]
+    """All files of the methods' answers of the run in `root`, in a fixed order."""
+    return [path for method in methods for path in answer_files(root / PREDICTIONS / method)]
 
 
 def read_predictions(root: Path, methods: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """The methods' predictions of the run in `root` as one table, in a fixed order; all columns, or the given ones."""
+    """The methods' answers of the run in `root` as one table, in a fixed order; all columns, or the given ones."""
     return pa.concat_tables(pq.read_table(path, columns=columns) for path in prediction_files(root, methods))
 
 
@@ -72,14 +70,3 @@ def answers_of(table: pa.Table, task: str, methods: Sequence[str]) -> Answers:
         first.column("gold").to_pylist(),
         {method: part.column("prediction").to_pylist() for method, part in parts.items()},
     )
-
-
-def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], methods: Sequence[str], folder: Path) -> None:
-    """Each method's answers in LaMP's own format: `<method>/<task>.json` with `task`, `golds` and `model`."""
-    table = table.select(["method", "task", "id", "prediction"])
-    for method in methods:
-        own = table.filter(pc.field("method") == method)
-        for name, task in tasks.items():
-            rows = own.filter(pc.field("task") == name).to_pylist()
-            golds = [{"id": row["id"], "output": row["prediction"]} for row in rows]
-            write_json_atomic(folder / method / f"{name}.json", {"task": task.lamp_id, "golds": golds, "model": method})

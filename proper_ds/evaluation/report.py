@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
-from proper_ds.evaluation.methods import METHODS, needs_of
+from proper_ds.evaluation.methods import Method, methods_of, needs_of_methods, stages_of
 from proper_ds.evaluation.protocol import protocol_of
 from proper_ds.evaluation.published import published_for
-from proper_ds.evaluation.questions import PREDICTIONS, read_predictions, write_lamp_files
+from proper_ds.evaluation.questions import PREDICTIONS, read_predictions
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
-from proper_ds.evaluation.results import Scoring, expert_use, score_tasks
+from proper_ds.evaluation.results import Scoring, expert_use, score_tasks, write_lamp_files
 from proper_ds.evaluation.state import bytes_per_user
 from proper_ds.evaluation.verify import by_method, write_sums
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
-from proper_ds.model.presets import preset_of
 from proper_ds.observe.metrics import read_events
+from proper_ds.run_folder import in_lane, split_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
 
@@ -42,10 +43,11 @@ def write_report(context: RunContext, kept: Mapping[str, str]) -> dict[str, Any]
     """
     root = context.folder.root
     methods = list(context.config.evaluation.methods)
-    table = read_predictions(root, methods)
-    write_lamp_files(table, context.prepared.manifest.tasks, methods, root / PREDICTIONS)
-    found = build_report(context, table) | {"kept": dict(kept)}
-    write_text_atomic(root / "report.html", html_of(found, _events(context, needs_of(methods).stages)))
+    for method in methods:
+        folder = root / PREDICTIONS / method
+        write_lamp_files(read_answers(folder), context.prepared.manifest.tasks, folder)
+    found = build_report(context, read_predictions(root, methods)) | {"kept": dict(kept)}
+    write_text_atomic(root / "report.html", html_of(found, _events(context, stages_of(context.config))))
     write_text_atomic(root / "report.md", markdown_of(found))
     write_json_atomic(root / "report.json", found)
     return found
@@ -65,7 +67,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
     for name, about in scored["tasks"].items():
         about["protocol"] = protocol["name"]
         about["published"] = published_for(name, about, protocol["name"], protocol["base"])
-    stages = needs_of(names).stages
+    stages = stages_of(config)
     return {
         "run": str(context.folder.root),
         "protocol": protocol,
@@ -74,8 +76,8 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "predictions": write_sums(context.folder.root, names),
         "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
         **scored,
-        "method_notes": {name: METHODS[name].says for name in names},
-        "costs": _costs(context, names),
+        "method_notes": {method.name: method.says for method in methods_of(config)},
+        "costs": _costs(context),
         "users": _users(context, config),
         "experts": expert_use(table, names),
         "gates": gate_history(_events(context, stages)),
@@ -85,33 +87,32 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
     }
 
 
-def _costs(context: RunContext, names: Sequence[str]) -> dict[str, Any]:
-    behind = {name: stages_behind(name, context.config) for name in names}
+def _costs(context: RunContext) -> dict[str, Any]:
+    methods = methods_of(context.config)
+    behind = {method.name: _stages_behind(method, context.config) for method in methods}
     events, works = read_events(context.folder.metrics)[0], dict[str, Work]()
     for stage in {stage for stages in behind.values() for stage in stages}:
         marker = context.folder.stage(stage).inputs()
         if marker is not None:
             works[stage] = work_of(stage, marker, events)
-    return costs_of(behind, works, {name: bytes_per_user(context, METHODS[name]) for name in names}, events)
+    for floor in (method.name for method in methods if method.kind == "floor"):
+        seconds = (context.folder.stage(f"{PREDICTIONS}/{floor}").inputs() or {}).get("seconds", 0.0)
+        behind[floor], works[f"{PREDICTIONS}/{floor}"] = [f"{PREDICTIONS}/{floor}"], Work(seconds, 0)
+    return costs_of(behind, works, {method.name: bytes_per_user(context, method) for method in methods}, events)
 
 
-def stages_behind(name: str, config: RunConfig) -> list[str]:
-    """The stages that had to be trained or computed for a method, in order; data, base and tokens are everybody's."""
-    needs = needs_of([name])
-    found = ["population"] if needs.population else []
-    encoders = [p for p in needs.presets if preset_of(p, config.group.user_vector).user_vector == "encoder"]
-    found += ["features"] if encoders else []
-    found += [f"group/{preset}" for preset in needs.presets] + [f"store/{name}" for name in needs.adapter_sets]
-    return [*found, *(f"router/{p}" for p in needs.routers), *(f"store/{p}-joint" for p in needs.joints)]
+def _stages_behind(method: Method, config: RunConfig) -> list[str]:
+    """The stages that had to be trained or computed for a method, in order; preparing the data is everybody's."""
+    lanes = [stage for lane in needs_of_methods([method]).lanes for stage in lane.stages(config.group.user_vector)]
+    return [stage for stage in lanes if split_lane(stage)[0] != "tokens"]
 
 
 def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
     manifest = context.prepared.manifest
     sets = {}
-    methods = [METHODS[name] for name in config.evaluation.methods]
-    for name in dict.fromkeys(name for method in methods for name in (method.adapter_set, method.own_set)):
-        if name is None:
-            continue
+    methods = methods_of(config)
+    owned = [(m.lane, name) for m in methods for name in (m.adapter_set, m.own_set) if name is not None]
+    for name in dict.fromkeys(in_lane(name, lane) for lane, name in owned):
         store = open_store(context.folder.stage(f"store/{name}").path)
         users = store.users()
         num_bytes = store.stats().pack_bytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from proper_ds.evaluation.config import EvaluationConfig
 from proper_ds.evaluation.history import history_buckets, history_parts
 from proper_ds.evaluation.metrics import Metric, metrics_of
 from proper_ds.evaluation.questions import Answers, answers_of
-from proper_ds.files import seed_of
+from proper_ds.files import seed_of, write_json_atomic
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,15 @@ def score_tasks(
             }
             found[name] = about | evaluate_task(task, answers, scoring)
     return found
+
+
+def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], folder: Path) -> None:
+    """A method's answers in LaMP's own format, in the method's folder: `lamp/<task>.json` with `task` and `golds`."""
+    rows = table.select(["task", "id", "prediction"]).to_pylist()
+    for name, task in tasks.items():
+        golds = [{"id": row["id"], "output": row["prediction"]} for row in rows if row["task"] == name]
+        about = {"task": task.lamp_id, "golds": golds, "model": folder.name}
+        write_json_atomic(folder / "lamp" / f"{name}.json", about)
 
 
 def expert_use(table: pa.Table, methods: Sequence[str]) -> dict[str, Any]:

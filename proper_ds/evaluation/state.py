@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,13 @@ _FLOAT_BYTES = 4
 
 def bytes_per_user(context: RunContext, method: Method) -> float:
     """Bytes a user of a method: the adapter as stored, and the user vector where gates depend on one."""
-    total = 0.0
+    context, total = replace(context, lane=method.lane), 0.0
     if method.own_set is not None:
-        store = open_store(context.folder.stage(f"store/{method.own_set}").path)
+        store = open_store(context.stage(f"store/{method.own_set}").path)
         num_users = len(store.users())
         total += store.stats().pack_bytes / num_users if num_users else 0.0
     if method.preset is not None:
-        total += _vector_bytes(context.folder.stage(method.level_folder).path / "level.safetensors")
+        total += _vector_bytes(context.stage(method.level_stage).path / "level.safetensors")
     return total
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.observe.log import get_logger
+from proper_ds.run_folder import split_lane
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupStage
 from proper_ds.training.joint import JointStage
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
 
 def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
-    """The stage called `population`, `group/<preset>`, `router/<preset>` or `store/<preset>-joint`."""
-    kind, _, preset = name.partition("/")
+    """The stage called `population`, `group/<preset>`, `router/<preset>` or `store/<preset>-joint`, in its lane."""
+    own_name, lane = split_lane(name)
+    context = replace(context, lane=lane)
+    kind, _, preset = own_name.partition("/")
     if kind == "population":
         return PopulationStage(context)
     if kind == "store":

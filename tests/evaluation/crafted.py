@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.tasks import TASKS
-from proper_ds.evaluation.predict_job import SCHEMA
+from proper_ds.evaluation.answers import SCHEMA
 
 RATINGS = TaskManifest.of(TASKS["LaMP_3"], "", generated=True)
 TAGS = TaskManifest.of(TASKS["LaMP_2N"], "", generated=False)

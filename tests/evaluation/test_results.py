@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from proper_ds.evaluation.history import history_buckets, history_parts
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.plots import expert_spread, gain_by_history, learning_curves
-from proper_ds.evaluation.questions import answers_of, write_lamp_files
-from proper_ds.evaluation.results import Scoring, evaluate_task, expert_use
+from proper_ds.evaluation.questions import answers_of
+from proper_ds.evaluation.results import Scoring, evaluate_task, expert_use, write_lamp_files
 from proper_ds.evaluation.verify import differences
 from tests.evaluation.crafted import RATINGS, TAGS, ratings, row, table
 
@@ -152,8 +152,9 @@ def test_values_are_the_metrics_over_all_questions():
 
 
 def test_lamp_files_are_what_lamps_evaluator_reads(tmp_path):
-    write_lamp_files(table(rows_of_two()), {"LaMP_3": RATINGS}, ["OPPU"], tmp_path)
-    found = json.loads((tmp_path / "OPPU" / "LaMP_3.json").read_text())
+    answers = table([r for r in rows_of_two() if r["method"] == "OPPU"])
+    write_lamp_files(answers, {"LaMP_3": RATINGS}, tmp_path / "OPPU")
+    found = json.loads((tmp_path / "OPPU" / "lamp" / "LaMP_3.json").read_text())
     assert found["task"] == "LaMP_3"
     assert len(found["golds"]) == 90
     assert set(found["golds"][0]) == {"id", "output"}

@@ -10,6 +10,7 @@ import pytest
 
 from proper_ds.errors import UserError
 from proper_ds.evaluation import report_rows
+from proper_ds.evaluation.answers import write_answers
 from proper_ds.evaluation.costs import costs_of
 from proper_ds.evaluation.published import OPPU_100, published_for
 from proper_ds.evaluation.questions import read_predictions
@@ -39,18 +40,12 @@ PROTOCOL = {
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with predictions in two units and floors of their own, and its report.json."""
+    """A run's folder with every method's answers in two units, and its report.json."""
     rows = ratings(CHANCES, num_users=40)
-    parts = {
-        "units/unit-0": [r for r in rows if r["user"] < 20 and r["method"] not in ("own-habit", "words")],
-        "units/unit-1": [r for r in rows if r["user"] >= 20 and r["method"] not in ("own-habit", "words")],
-        "own-habit/units/all": [r for r in rows if r["method"] == "own-habit"],
-        "words/units/all": [r for r in rows if r["method"] == "words"],
-    }
-    for name, part in parts.items():
-        path = tmp_path / "predictions" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table(part), path)
+    for method in CHANCES:
+        for first in (0, 20):
+            own = [r for r in rows if r["method"] == method and first <= r["user"] < first + 20]
+            write_answers(tmp_path / "predictions" / method, f"unit-{first}", table(own))
     write_report(tmp_path)
     return tmp_path
 
@@ -87,7 +82,7 @@ def read(run):
 def test_a_report_follows_from_its_predictions(run):
     found = verify(run)
     assert found.problems == []
-    assert found.num_files == 4
+    assert found.num_files == 12
     assert found.num_numbers > 100
 
 
@@ -109,11 +104,11 @@ def test_a_changed_number_is_found(run, place):
 
 
 def test_changed_and_new_files_are_found(run):
-    path = run / "predictions" / "units" / "unit-1.parquet"
+    path = run / "predictions" / "OPPU" / "units" / "unit-20.parquet"
     rows = pq.read_table(path).to_pylist()
     pq.write_table(table([rows[0] | {"prediction": "no number"}, *rows[1:]]), path)
     problems = verify(run).problems
-    assert problems[0] == "predictions/units/unit-1.parquet: changed, new or gone"
+    assert problems[0] == "predictions/OPPU/units/unit-20.parquet: changed, new or gone"
     assert any(line.startswith("methods.") for line in problems)
 
 

@@ -96,6 +96,8 @@ def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
         ("group", config.group),
         ("router", config.router),
         ("joint", config.joint),
+        ("pplug", config.pplug),
+        ("plora", config.plora),
     ]
 
 
@@ -107,6 +109,8 @@ def _trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
         "group": bool(needs.presets),
         "router": bool(needs.routers),
         "joint": bool(needs.joints),
+        "pplug": bool(needs.pplugs),
+        "plora": needs.plora,
     }
     return [(name, stage) for name, stage in _rank_stages(config) if is_needed[name]]
 
@@ -260,11 +264,9 @@ def _recipes(config: RunConfig) -> list[Problem]:
             mend = f"Did you mean `{near[0]}`?" if near else f"Shipped methods are {', '.join(METHODS)}."
             problems.append(Problem(f"{key}.like", f"no shipped method {like!r}", mend))
             continue
-        if METHODS[like].kind == "floor" and recipe.prompt:
-            problems.append(Problem(f"{key}.prompt", f"has no effect: {like} has no prompts", "Remove it."))
-        elif METHODS[like].kind != "model" and recipe.prompt:
-            wrong = f"{like} answers plain prompts only"
-            problems.append(Problem(f"{key}.prompt", wrong, "Remove it, or make it from another method."))
+        if METHODS[like].kind != "model":
+            wrong = f"{like} builds no prompts, or plain ones only, so there is nothing to change"
+            problems.append(Problem(key, wrong, "Make it from a method that answers prompts, such as RAG."))
         else:
             changed, wrong_values = changed_recipe(METHODS[like], recipe.prompt)
             problems += [replace(problem, key=f"{key}.prompt.{problem.key}") for problem in wrong_values]

@@ -23,7 +23,16 @@ from proper_ds.fleet.config import FleetConfig
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import Section, problems_of
 from proper_ds.store.config import StoreConfig
-from proper_ds.training.config import GroupConfig, JointConfig, PopulationConfig, RouterConfig, UserConfig
+from proper_ds.training.config import (
+    GroupConfig,
+    JointConfig,
+    MergeConfig,
+    PloraConfig,
+    PopulationConfig,
+    PplugConfig,
+    RouterConfig,
+    UserConfig,
+)
 
 ROOT_VARIABLE = "PROPER_DS_ROOT"
 
@@ -41,6 +50,9 @@ class RunConfig(Section):
     user: UserConfig = UserConfig()
     router: RouterConfig = RouterConfig()
     joint: JointConfig = JointConfig()
+    pplug: PplugConfig = PplugConfig()
+    plora: PloraConfig = PloraConfig()
+    merge: MergeConfig = MergeConfig()
     distributed: DistributedConfig = DistributedConfig()
     fleet: FleetConfig = FleetConfig()
     store: StoreConfig = StoreConfig()

@@ -15,9 +15,10 @@ from proper_ds.data.batches import length_batches
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import QUERY, Example
+from proper_ds.evaluation.adapters import addition_of
+from proper_ds.evaluation.additions import MAX_ROWS, Addition
 from proper_ds.evaluation.answers import SCHEMA, write_answers
 from proper_ds.evaluation.methods import methods_of
-from proper_ds.evaluation.personal import MAX_ROWS, Personal, personal
 from proper_ds.evaluation.predict import decide, generate, score_labels
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
@@ -65,7 +66,7 @@ class PredictJob:
         self._encoder = PromptEncoder(context.tokenizer, config.base.prompt_suffix, config.base.max_length)
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
         self._model = PersonalModel(lm, find_targets(lm, names))
-        self._additions: dict[str, Personal] = {}
+        self._additions: dict[str, Addition] = {}
         self._asked: tuple[tuple[str, int], list[Question]] = ("", -1), []
 
     def run(self, unit: UserRange) -> dict[str, Any]:
@@ -76,12 +77,13 @@ class PredictJob:
         questions = self._questions(context, unit)
         self._lanes.wear(method.lane if method.population else None)
         if method.name not in self._additions:
-            self._additions[method.name] = personal(method, context, self._history)
+            self._additions[method.name] = addition_of(method, context)
         addition = self._additions[method.name]
         rows: list[dict[str, Any]] = []
-        with addition.on(self._model):
-            for task_code, task in enumerate(context.prepared.manifest.tasks.values()):
-                rows += self._answer(context, addition, task, [q for q in questions if q.example.task == task_code])
+        addition.attach(self._model)
+        for task_code, task in enumerate(context.prepared.manifest.tasks.values()):
+            rows += self._answer(context, addition, task, [q for q in questions if q.example.task == task_code])
+        addition.detach(self._model)
         table = pa.Table.from_pylist([row | {"method": method.name} for row in rows], schema=SCHEMA)
         write_answers(context.folder.stage(unit.part).path, unit.name, table)
         return {"num_questions": len(rows), "seconds": time.perf_counter() - start_s}
@@ -94,7 +96,7 @@ class PredictJob:
         return self._asked[1]
 
     def _answer(
-        self, context: RunContext, addition: Personal, task: TaskManifest, questions: list[Question]
+        self, context: RunContext, addition: Addition, task: TaskManifest, questions: list[Question]
     ) -> Iterator[dict[str, Any]]:
         evaluation = self._config.evaluation
         scored = task.labels is not None and evaluation.closed_labels == "score"
@@ -106,7 +108,7 @@ class PredictJob:
                 yield from self._answer_batch(context, addition, task, batch)
 
     def _answer_batch(
-        self, context: RunContext, addition: Personal, task: TaskManifest, batch: list[Question]
+        self, context: RunContext, addition: Addition, task: TaskManifest, batch: list[Question]
     ) -> Iterator[dict[str, Any]]:
         evaluation = self._config.evaluation
         rows, own = addition.rows([q.example for q in batch])

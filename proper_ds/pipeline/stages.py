@@ -32,9 +32,13 @@ Where = Literal["driver", "ranks", "fleet"]
 STEPS = (
     "prepare",
     "base",
+    "profiles",
     "tokens",
     "population",
     "features",
+    "embeddings",
+    "pplug",
+    "plora",
     "group",
     "user",
     "router",
@@ -44,6 +48,8 @@ STEPS = (
 )
 """What people call the stages; some stand for several folders."""
 
+ENCODER = ("encoder", "encoder_revision", "pooling", "query_prefix")
+"""Settings of `pplug` that its embeddings depend on."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
 RUN_ONLY = (
@@ -124,6 +130,7 @@ class StageList:
             dtype = {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
             data = ["tokens"] if self._kept.data_changed else []
             self._add("features", "features", "fleet", dtype, ["population", *data], lane=lane)
+        self._add_rivals(needs)
         for preset in needs.presets:
             self._add_group(preset, lane)
         for adapter_set in needs.adapter_sets:
@@ -142,6 +149,22 @@ class StageList:
     def of(self, *steps: str) -> list[Stage]:
         """The stages that belong to the given steps, in order."""
         return [stage for stage in self.stages if stage.step in steps]
+
+    def _add_rivals(self, needs: LaneNeeds) -> None:
+        """Learned user tokens and PLoRA."""
+        config, lane = self._config, needs.recipe.lane
+        if needs.pplugs:
+            encoder = {key: _dump(config.pplug)[key] for key in ENCODER}
+            if encoder["encoder"] is not None:
+                encoder["encoder_files"] = base_fingerprint(encoder["encoder"], encoder["encoder_revision"])
+            encoder |= {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
+            self._add("embeddings", "embeddings", "fleet", encoder, ["tokens"], lane=lane)
+        for name in needs.pplugs:
+            settings = {key: value for key, value in self._rank_settings("pplug").items() if key not in ENCODER}
+            before = ["population"] if name == "pplug/population" else []
+            self._add(name, "pplug", "ranks", settings, ["tokens", "embeddings", *before], lane=lane)
+        if needs.plora:
+            self._add("plora", "plora", "ranks", self._rank_settings("plora"), ["population"], lane=lane)
 
     def _add(
         self,
@@ -194,15 +217,23 @@ class StageList:
 
     def _add_tokens(self, recipe: PromptRecipe) -> None:
         config = self._config
-        settings = {
+        settings: dict[str, Any] = {
             "max_length": config.base.max_length,
             "prompt_suffix": config.base.prompt_suffix,
             "train_split": config.data.train_split,
             "max_new_tokens": config.evaluation.max_new_tokens,
         }
+        before = ["prepared", "base"]
         if not recipe.is_plain:
             settings["recipe"] = recipe.settings(config.seed)
-        self._add("tokens", "tokens", "driver", settings, ["prepared", "base"], lane=recipe.lane)
+        if recipe.profile == "model":
+            assert recipe.profile_model is not None, "checks.py sees to it"
+            model = base_fingerprint(recipe.profile_model, recipe.profile_revision)
+            about = {"model": model, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
+            about |= {key: value for key, value in settings["recipe"].items() if key.startswith(("profile", "seed"))}
+            self._add("profiles", "profiles", "fleet", about, ["prepared"], lane=recipe.lane)
+            before.append("profiles")
+        self._add("tokens", "tokens", "driver", settings, before, lane=recipe.lane)
         if self._kept:
             self._kept.compare("tokens", self._kept.made_from["text"], _text(settings))
             self._kept.data_changed |= self._prints["tokens"] != self._kept.made_from["tokens"]
@@ -270,6 +301,8 @@ class StageList:
                 "router_users": [router.users, router.max_users],
                 "splits": [config.data.train_split, config.evaluation.split],
             }
+            if adapter_set == "OPPU" and needs_of(config).merged:
+                settings["num_anchors"] = config.merge.num_anchors
         before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
         name = in_lane(f"store/{adapter_set}", lane)
         prints = {other: self._print_of(other, lane) for other in [*before, "tokens"]}
@@ -293,7 +326,11 @@ class StageList:
         settings |= {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
         methods = methods_of(config)
         for method in methods:
-            if method.kind == "floor":
+            if method.kind == "merged":
+                self._add(
+                    f"predictions/{method.name}", "evaluate", "fleet", settings | _dump(config.merge), method.stages
+                )
+            elif method.kind == "floor":
                 own = {"split": evaluation.split, "train_split": config.data.train_split, "seed": config.seed}
                 own |= {"max_examples": evaluation.max_floor_examples}
                 self._add(f"predictions/{method.name}", "floors", "driver", own, method.stages)

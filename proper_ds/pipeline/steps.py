@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from proper_ds.data.prepare import prepare
+from proper_ds.data.prompt_maker import maker_for
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import tokenize
 from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.errors import UserError
 from proper_ds.evaluation.answers import has_answers, write_answers
 from proper_ds.evaluation.floors import predict_floors
-from proper_ds.evaluation.methods import methods_of
+from proper_ds.evaluation.methods import methods_of, needs_of
 from proper_ds.fleet.cluster import Cluster
 from proper_ds.fleet.controller import Controller
 from proper_ds.fleet.gang import run_gang
@@ -31,6 +32,7 @@ from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stages import Stage
 from proper_ds.run_folder import split_lane
 from proper_ds.store.elsewhere import open_store
+from proper_ds.training import embeddings
 from proper_ds.training.context import RunContext
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
@@ -73,6 +75,9 @@ class Steps:
             "tokens": self._tokens,
             "population": self._ranks,
             "features": self._features,
+            "embeddings": self._embeddings,
+            "pplug": self._ranks,
+            "plora": self._ranks,
             "group": self._ranks,
             "user": self._users,
             "router": self._ranks,
@@ -115,24 +120,31 @@ class Steps:
         get_logger().info("base: a Llama of %s parameters", f"{size:,}")
 
     def _tokens(self, stages: list[Stage]) -> None:
-        base = self._config.base
+        base, split = self._config.base, self._config.data.train_split
         encoder = PromptEncoder(self._context.tokenizer, base.prompt_suffix, base.max_length)
+        recipes = {lane.recipe.lane: lane.recipe for lane in needs_of(self._config).lanes}
         for stage in stages:
-            lane = split_lane(stage.name)[1]
-            context = replace(self._context, lane=lane)
+            context = self._context_of(stage)
+            out, written = context.stage("tokens").path, context.stage("profiles").path / "units"
+            recipe = recipes[context.lane]
+            maker = maker_for(recipe, context.prepared, encoder, out, written, split, self._config.seed)
             tokenize(
                 context.prepared,
                 encoder,
-                context.stage("tokens").path,
-                self._config.data.train_split,
+                out,
+                split,
                 self._config.evaluation.max_new_tokens,
                 self._view.report,
+                maker,
             )
             marker = context.tokens.marker
             get_logger().info("%s: %s examples, %s tokens", stage.name, *(f"{marker[n]:,}" for n in _COUNTED))
             if marker["num_cut"]:
                 cut = "%s: %d of %d inputs were cut to base.max_length %d"
                 get_logger().warning(cut, stage.name, marker["num_cut"], marker["num_examples"], base.max_length)
+            if marker["num_bare"]:
+                bare = "%s: %d of %d prompts had no room for what the recipe puts before them; raise base.max_length"
+                get_logger().warning(bare, stage.name, marker["num_bare"], marker["num_examples"])
 
     def _ranks(self, stages: list[Stage]) -> None:
         options = {"stages": [[s.name, s.fingerprint, s.settings, s.made_from] for s in stages]}
@@ -162,6 +174,13 @@ class Steps:
             every, pending = every + units, pending + [unit for unit in units if not is_written(folder, unit.first)]
         options = {"lanes": [split_lane(stage.name)[1] for stage in stages]}
         self._fleet("proper_ds.training.unit_jobs:FeaturesJob", options, "features", every, pending)
+
+    def _embeddings(self, stages: list[Stage]) -> None:
+        (stage,) = stages  # of the plain lane, the only one that has it
+        units = self._units(self._context, np.ones(self._context.tokens.num_users, dtype=bool), stage.name, True)
+        folder = self._folder.stage(stage.name).path
+        pending = [unit for unit in units if not embeddings.is_written(folder, unit.first)]
+        self._fleet("proper_ds.training.embeddings_job:EmbeddingsJob", {}, "embeddings", units, pending)
 
     def _users(self, stages: list[Stage]) -> None:
         places = {stage.name: self._folder.stage(stage.name) for stage in stages}

@@ -1,18 +1,17 @@
-"""What a method puts on the base for answering: group experts, users' adapters, or what later methods add.
+"""What LoRA methods put on the base for answering: group experts, users' adapters, both or nothing.
 
-`predict_job.py` switches one on at a time and asks it for the rows of each batch.
+`predict_job.py` asks here for each method's addition; those of other methods are in `additions.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from proper_ds.data.tokens import Example
+from proper_ds.evaluation.additions import MAX_ROWS, Addition, MergedAnswers, PloraAnswers, PplugAnswers
 from proper_ds.evaluation.methods import Method
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.groups import GroupLevel
@@ -23,41 +22,20 @@ from proper_ds.store.layers import LayeredAdapters
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
+from proper_ds.training.selection import num_history
 from proper_ds.training.unit_jobs import user_vector
 
 Tensor = torch.Tensor
 
-MAX_ROWS = 64
-"""Questions answered at once."""
 
-
-class Personal(Protocol):
-    """A method's additions.
-
-    Attributes:
-        num_experts: of the groups; 0 without.
-    """
-
-    num_experts: int
-
-    def on(self, model: PersonalModel) -> AbstractContextManager[None]:
-        """The additions are on the model while the block runs."""
-
-    def rows(self, examples: Sequence[Example]) -> tuple[Rows, list[bool]]:
-        """(what the adapted modules must know of these rows, which of them have something of their user's own)."""
-
-    def prompt(self, ids: np.ndarray) -> np.ndarray:
-        """The prompt with what stands before it."""
-
-
-class Adapters:
+class AdapterAnswers:
     """Nothing, groups, users' adapters, or both.
 
     A user without an adapter (no history, or failed) gets a slot of zeros: the groups or the population answer.
     """
 
-    def __init__(self, method: Method, context: RunContext, num_history_U: np.ndarray) -> None:
-        self._context, self._history = context, num_history_U
+    def __init__(self, method: Method, context: RunContext) -> None:
+        self._context, self._history = context, num_history(context.tokens)
         self._level: GroupLevel | None = None
         self._features: FeatureData | None = None
         if method.preset is not None:
@@ -71,21 +49,20 @@ class Adapters:
             self._slots = SlotBuffers(self._store.layout, MAX_ROWS, torch.float32, context.device, trainable=False)
         self.num_experts = self._level.num_experts if self._level is not None else 0
 
-    @contextmanager
-    def on(self, model: PersonalModel) -> Iterator[None]:
-        """See Personal."""
+    def attach(self, model: PersonalModel) -> None:
+        """See Addition."""
         level, slots = self._level, self._slots
         assert level is None or not level.lora_aware or slots is not None, "a router was trained without any adapter"
         model.attach_groups(level.by_module() if level is not None else None)
         model.attach_users(slots.modules() if slots is not None else None)
-        try:
-            yield
-        finally:
-            model.attach_groups(None)
-            model.attach_users(None)
+
+    def detach(self, model: PersonalModel) -> None:
+        """See Addition."""
+        model.attach_groups(None)
+        model.attach_users(None)
 
     def rows(self, examples: Sequence[Example]) -> tuple[Rows, list[bool]]:
-        """See Personal."""
+        """See Addition."""
         users, rows = [example.user for example in examples], Rows()
         if self._level is not None:
             level, features = self._level, self._features
@@ -103,9 +80,9 @@ class Adapters:
         rows.slot_R = torch.tensor([place.get(user, len(held) % MAX_ROWS) for user in users], device=device)
         return rows, [user in place for user in users]
 
-    def prompt(self, ids: np.ndarray) -> np.ndarray:
-        """See Personal."""
-        return ids
+    def prompt(self, ids_T: np.ndarray) -> np.ndarray:
+        """See Addition."""
+        return ids_T
 
 
 def _adapters_of(method: Method, context: RunContext) -> AdapterStore | LayeredAdapters | None:
@@ -117,10 +94,12 @@ def _adapters_of(method: Method, context: RunContext) -> AdapterStore | LayeredA
     return LayeredAdapters(open_store(context.stage(f"store/{method.joint_set}").path), lower)
 
 
-def personal(method: Method, context: RunContext, num_history_U: np.ndarray) -> Personal:
-    """What a method puts on the base.
-
-    Args:
-        num_history_U: history items of each user.
-    """
-    return Adapters(method, context, num_history_U)
+def addition_of(method: Method, context: RunContext) -> Addition:
+    """What a method puts on the base, or on the base with the population LoRA merged."""
+    if method.kind == "PPlug":
+        return PplugAnswers(context, method.population)
+    if method.kind == "PLoRA":
+        return PloraAnswers(context)
+    if method.kind == "merged":
+        return MergedAnswers(context)
+    return AdapterAnswers(method, context)

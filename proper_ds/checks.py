@@ -303,6 +303,10 @@ def _methods(config: RunConfig) -> list[Problem]:
         if is_changed(config.joint, name):
             mend = "Remove it, or add proper-joint to evaluation.methods."
             problems.append(Problem(f"joint.{name}", "has no effect without method proper-joint", mend))
+    for name in evaluation.references or ():
+        if name not in evaluation.methods:
+            mend = f"Add it there, or compare with some of {', '.join(evaluation.methods)}."
+            problems.append(Problem("evaluation.references", f"{name!r} is not in evaluation.methods", mend))
     if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:
         mend = "Remove it, or use `closed_labels: score`."
         problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))

@@ -27,6 +27,7 @@ class TaskManifest:
     Attributes:
         history_prompts: (before, after) the text of a history item, by the item's `prompt` index.
         generated: whether the data set says that it was generated, not collected.
+        form: the task of `tasks.TASKS` that it has the form of; "" in folders that earlier versions prepared.
     """
 
     name: str
@@ -38,6 +39,7 @@ class TaskManifest:
     metrics: tuple[str, ...]
     max_new_tokens: int
     generated: bool = False
+    form: str = ""
 
     @classmethod
     def of(cls, task: Task, instruction: str, generated: bool) -> TaskManifest:
@@ -56,6 +58,7 @@ class TaskManifest:
             task.metrics,
             task.max_new_tokens,
             generated,
+            task.form,
         )
 
     @classmethod

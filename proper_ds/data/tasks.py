@@ -49,6 +49,7 @@ class Task:
         labels: the closed label set, or None.
         retrieval_fields: fields of a history item that are searched, joined by spaces.
         max_new_tokens: for generated answers.
+        form: the name it has in TASKS, whatever a data set calls it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     labels: tuple[str, ...] | None = None
     retrieval_fields: tuple[str, ...] = ("text",)
     max_new_tokens: int = 64
+    form: str = ""
 
     def pair_of(self, item: Mapping[str, Any]) -> int:
         """Index of the pair that fits a raw history item. Raises BadRecord when none does."""
@@ -99,7 +101,7 @@ _ROUGE = ("rouge-1", "rouge-L")
 _LONG = ("rouge-1", "rouge-L", "meteor-stem")
 
 TASKS = {
-    task.name: task
+    task.name: replace(task, form=task.name)
     for task in (
         Task(
             "LaMP_1", "LaMP_1", "classification",

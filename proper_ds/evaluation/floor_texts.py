@@ -43,7 +43,7 @@ class ChoiceFloor(Floor):
     @cached_property
     def _words(self) -> Any:
         texts = [sample.text for sample in self.samples]
-        return vectorizer().fit([*texts, *(title for case in self.cases for title in _titles(case.text))])
+        return vectorizer(2).fit([*texts, *(title for case in self.cases for title in _titles(case.text))])
 
     @cached_property
     def _without_own(self) -> Any:

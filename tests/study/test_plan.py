@@ -104,6 +104,18 @@ def test_generated_data_needs_no_folder(tmp_path):
     ]
 
 
+def test_a_task_takes_what_a_sweep_chose_unless_a_variant_says_otherwise(tmp_path):
+    best = {"overrides": {"group.num_experts": 4}, "split": "dev", "method": "group", "metric": "f1", "num_trials": 2}
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(best))
+    tasks = {"films": {"chosen_by": str(tmp_path / "best.yaml")}, "books": None}
+    films, books = planned(write_study(tmp_path, tasks=tasks))
+    assert (films.config.group.num_experts, books.config.group.num_experts) == (4, 3)
+    assert films.config.chosen_by.num_trials == 2
+    assert books.config.chosen_by is None
+    with pytest.raises(ConfigError, match=r"films/few: group.num_experts: given besides chosen_by"):
+        planned(write_study(tmp_path, tasks=tasks, variants={"few": {"group": {"num_experts": 2}}}))
+
+
 scalars = st.integers(0, 9)
 paths = st.sampled_from(["group.num_experts", "group.lora.r", "user.lora.r", "user.min_steps", "seed"])
 

@@ -56,7 +56,7 @@ def show_report(folder: Path, console: Console) -> None:
     """Print the results table and where the report is."""
     import json
 
-    from proper_ds.evaluation.report_text import results_header, results_rows, title_of
+    from proper_ds.evaluation.report_rows import results_header, results_rows, title_of
 
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for task in report["tasks"]:

@@ -20,7 +20,7 @@ from proper_ds.files import write_json_atomic
 BACKGROUND = "background.json"
 MAX_WORDS = 50_000
 """Distinct words a task keeps; the rarest go, which bounds memory and the file."""
-_WORD = re.compile(r"[^\W\d_][^\W_]{2,}")
+_WORD = re.compile(r"\b[^\W\d_][^\W_]{2,}")
 _PRUNE_AT = 8 * MAX_WORDS
 
 

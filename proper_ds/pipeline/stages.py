@@ -347,6 +347,7 @@ class StageList:
             else:
                 self._add(f"predictions/{method.name}", "evaluate", "fleet", settings, method.stages)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}
+        bootstrap["references"] = evaluation.compared_with
         self._add("report", "report", "driver", bootstrap, [f"predictions/{method.name}" for method in methods])
 
 

@@ -42,7 +42,8 @@ def paired_difference(
         return None
     keys = sorted({key for old, _ in parts for key in old.users.tolist()})
     sums = {
-        name: sum(_sums(metric, pair[n], method, keys) for pair in parts) for n, name in enumerate((_BEFORE, _AFTER))
+        name: np.sum([_sums(metric, pair[n], method, keys) for pair in parts], axis=0)
+        for n, name in enumerate((_BEFORE, _AFTER))
     }
     protocol = after[0].report["protocol"]
     scores: Scores = score(metric, sums, protocol["num_bootstrap_samples"], seed_of("bootstrap", metric.name))

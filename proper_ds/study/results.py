@@ -6,7 +6,7 @@ Pure functions of finished runs; `tables.py` writes what they make.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,5 +200,4 @@ def ranked(cells: dict[str, dict[str, Any]], columns: dict[str, dict[str, Any]])
         own = sign * cells[method][name]["value"]
         return sum(sign * other[name]["value"] > own for other in cells.values() if name in other)
 
-    key: Callable[[str], float] = lambda method: _mean(rank(method, name) for name in cells[method])  # noqa: E731
-    return sorted(cells, key=key)
+    return sorted(cells, key=lambda method: _mean(rank(method, name) for name in cells[method]))

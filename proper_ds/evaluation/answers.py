@@ -44,7 +44,12 @@ def has_answers(folder: Path, unit: str) -> bool:
 
 def read_answers(folder: Path) -> pa.Table:
     """All units' answers of one method as one table, in a fixed order."""
-    return pa.concat_tables([pq.read_table(path) for path in sorted((folder / "units").glob("*.parquet"))])
+    return pa.concat_tables([pq.read_table(path) for path in answer_files(folder)])
+
+
+def answer_files(folder: Path) -> list[Path]:
+    """The files of one method's answers, in a fixed order."""
+    return sorted((folder / "units").glob("*.parquet"))
 
 
 def _file(folder: Path, unit: str) -> Path:

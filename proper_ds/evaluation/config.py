@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from proper_ds.section import Section
 
 DEFAULT_METHODS = ["base", "population", "group", "OPPU", "proper", "proper-released"]
+USUAL_REFERENCES = ("population", "OPPU", "proper")
 
 
 class MethodRecipe(Section):
@@ -37,13 +38,23 @@ class EvaluationConfig(Section):
     """Methods without a language model are fitted to a sample of so many history items and questions."""
     num_bootstrap_samples: int = Field(default=1000, ge=10)
     confidence: float = Field(default=0.95, gt=0, lt=1)
+    references: list[str] | None = None
+    """The methods that every other one is compared with by name; by default those of population, OPPU and proper that
+    are compared. All pairs stand in report.json."""
     num_tokens_per_batch: int = Field(default=4096, ge=16)
     """Padded prompt tokens in one forward pass."""
 
-    @field_validator("methods", mode="before")
+    @field_validator("methods", "references", mode="before")
     @classmethod
     def _as_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @property
+    def compared_with(self) -> list[str]:
+        """The references that are set, or the usual ones among the methods."""
+        if self.references is not None:
+            return self.references
+        return [name for name in USUAL_REFERENCES if name in self.methods]
 
     @field_validator("methods")
     @classmethod

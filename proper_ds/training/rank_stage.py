@@ -329,6 +329,7 @@ class _Window:
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
+                num_tokens=int(num_tokens),
                 tokens_per_s=num_tokens / seconds,
                 **values,
                 **more,

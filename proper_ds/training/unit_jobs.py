@@ -29,7 +29,7 @@ from proper_ds.training.lanes import Lanes
 from proper_ds.training.selection import num_history, table_line
 from proper_ds.training.set_plan import SetPlan
 from proper_ds.training.slots import UserTask
-from proper_ds.training.users import UserResult, train_users
+from proper_ds.training.users import Counters, UserResult, train_users
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -220,7 +220,8 @@ class UsersJob:
         starts, damaged = self._starts(unit.part, [context.keys[user] for user in users])
         users = [user for user in users if context.keys[user] not in damaged]
         tasks = [self._task(context, user, level, starts.get(context.keys[user])) for user in users]
-        results = train_users(self._model, self._layout, tasks, config.user, config.seed)
+        counters = Counters()
+        results = train_users(self._model, self._layout, tasks, config.user, config.seed, counters)
         digests = dict(zip((task.key for task in tasks), _digests(context, users), strict=True))
         # without digests: the next update tries these users again
         results += [UserResult(key, None, reason) for key, reason in damaged.items()]
@@ -231,6 +232,7 @@ class UsersJob:
             "num_failed": len(results) - len(trained),
             "num_warm": len(starts),
             "num_bytes": num_bytes,
+            "num_tokens": counters.whole.num_tokens,
             "first_loss": _mean([result.losses[0] for result in trained]),
             "last_loss": _mean([result.losses[-1] for result in trained]),
             "seconds": time.perf_counter() - start_s,

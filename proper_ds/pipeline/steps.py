@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.compute as pc
 
 from proper_ds.data.prepare import prepare
-from proper_ds.data.profiles import unit_path
 from proper_ds.data.prompt_maker import maker_for
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import tokenize
@@ -37,7 +36,6 @@ from proper_ds.training import embeddings
 from proper_ds.training.context import RunContext
 from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
-from proper_ds.training.profiles import request_costs
 from proper_ds.training.rank_stage import CHECKPOINT
 from proper_ds.training.selection import num_tokens, users_with_queries
 from proper_ds.training.set_plan import ensure_plan, users_to_train
@@ -123,17 +121,6 @@ class Steps:
             self._context.prepared, self._config.base.create, out, base.prompt_suffix, self._config.seed, on_step
         )
         get_logger().info("base: a Llama of %s parameters", f"{size:,}")
-
-    def _profiles(self, stages: list[Stage]) -> None:
-        recipes = {lane.recipe.lane: lane.recipe for lane in needs_of(self._config).lanes}
-        every, pending = list[Unit](), list[Unit]()
-        for stage in stages:
-            context, folder = self._context_of(stage), self._folder.stage(stage.name).path / "units"
-            costs = request_costs(context.prepared, recipes[context.lane])
-            units = plan_units(costs, self._config.fleet.num_tokens_per_unit, stage.name)
-            every, pending = every + units, pending + [u for u in units if not unit_path(folder, u.name).exists()]
-        options = {"recipes": {lane: recipe.model_dump() for lane, recipe in recipes.items()}}
-        self._fleet("proper_ds.training.profiles:ProfilesJob", options, "profiles", every, pending)
 
     def _tokens(self, stages: list[Stage]) -> None:
         base, split = self._config.base, self._config.data.train_split

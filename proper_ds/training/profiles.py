@@ -17,7 +17,6 @@ from proper_ds.data.assembly import first_words
 from proper_ds.data.batches import length_batches
 from proper_ds.data.forms import FORMS
 from proper_ds.data.manifest import TaskManifest
-from proper_ds.data.prepared import PreparedData
 from proper_ds.data.profiles import write_unit
 from proper_ds.data.recipe import PromptRecipe
 from proper_ds.data.records import HistoryItem, User
@@ -48,20 +47,6 @@ def request(task: TaskManifest, items: Sequence[HistoryItem], max_words: int = M
     form = FORMS[task.form]
     lines = (form.line(item, first_words(form.cut_field(item), max_words)) for item in items)
     return form.request + "\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def request_costs(prepared: PreparedData, recipe: PromptRecipe) -> np.ndarray:
-    """About how many tokens [users] each user's request and text take, for cutting users into units; 0 without history.
-
-    A word stands for a token: units need no more than likeness.
-    """
-    costs = np.zeros(prepared.manifest.num_users, dtype=np.int64)
-    for index, user in enumerate(prepared.users()):
-        if user.history:
-            words = sum(min(MAX_WORDS, len(item.text.split())) for item in user.history)
-            shown = min(1.0, recipe.profile_num_items / len(user.history))
-            costs[index] = recipe.profile_max_new_tokens + int(words * shown)
-    return costs
 
 
 class ProfileWriter:

@@ -17,7 +17,7 @@ from proper_ds.data.recipe import PromptRecipe
 from proper_ds.errors import AdapterError
 from proper_ds.model.config import CreateBase
 from proper_ds.training.create_base import train_tokenizer
-from proper_ds.training.profiles import ProfilesJob, ProfileWriter, drawn_items, request, request_costs
+from proper_ds.training.profiles import ProfilesJob, ProfileWriter, drawn_items, request
 from tests.fakes import write_json
 
 CHAT = "{% for m in messages %}<s>{{ m.content }}{% endfor %}{% if add_generation_prompt %}|reply|{% endif %}"
@@ -130,15 +130,6 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     recipe = PromptRecipe(profile="model", profile_model=str(tmp_path / "nothing"))
     with pytest.raises(AdapterError, match=r"profile_model .*nothing.*Give a folder"):
         ProfileWriter(recipe, torch.float32, torch.device("cpu"))
-
-
-def test_costs_follow_what_a_request_shows(config, model_folder):
-    prepared = PreparedData(config.output_path.parent / "prepared")
-    recipe = PromptRecipe(profile="model", profile_model=str(model_folder), profile_max_new_tokens=6)
-    costs = dict(zip(prepared.keys(), request_costs(prepared, recipe).tolist(), strict=True))
-    assert costs == {"u0": 0, "u1": 9, "u2": 12, "u3": 15}
-    few = recipe.model_copy(update={"profile_num_items": 2})
-    assert request_costs(prepared, few).max() == 8
 
 
 def test_files_of_recipes_are_found_from_any_folder(config, tmp_path, monkeypatch):

@@ -37,8 +37,16 @@ class BusyError(ProperError):
     """Files that others changed at the same moment, time and again; trying again later helps, and the fleet does."""
 
 
+class FetchError(ProperError):
+    """A download that kept breaking off; running the same command again goes on where it stopped."""
+
+
 class FleetError(ProperError):
     """Actors or ranks that failed more often than allowed; running the same command again resumes."""
+
+
+class StudyError(ProperError):
+    """Runs of a study, or trials of a sweep, that failed; the others are kept, and the same command goes on."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ def run(
     yaml: Yaml,
     overrides: Overrides = None,
     steps: Annotated[str | None, typer.Option(help="Only these, comma-separated: prepare,base,tokens,...")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Read test users for another configuration, too.")] = False,
 ) -> None:
     """Train and evaluate: every stage that is not done yet, then the report."""
     config = load_config(yaml, overrides or ())
+    from proper_ds.evaluation.test_reads import TestReads
     from proper_ds.pipeline.run import Run
     from proper_ds.run_folder import RunFolder
 
@@ -35,7 +37,8 @@ def run(
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = LOG_WIDTH
-    if Run(config, ProgressView(console)).run(steps.split(",") if steps else None):
+    reads = TestReads([config.output_path], again)
+    if Run(config, ProgressView(console), reads=reads).run(steps.split(",") if steps else None):
         show_report(config.output_path, console)
 
 

@@ -3,7 +3,7 @@
 Most frequent labels or typical scores, and characteristic words by the log-odds ratio with an informative Dirichlet
 prior (Monroe, Colaresi and Quinn 2008, "Fightin' Words"). `prompt_maker.py` asks for it.
 
-With y_w the items of a side that hold word w, n = sum_w y_w, and the prior a_w = PRIOR b_w / sum_w b_w from the
+With y_w the items of a side that hold word w, n = sum_w y_w, and the prior a_w = PRIOR b_w / sum b from the
 background's counts b_w (half an item for a word it lacks), the evidence that w marks side 1 against side 2 is
 
     z_w = (log(o1_w) - log(o2_w)) / sqrt(1 / (y1_w + a_w) + 1 / (y2_w + a_w)),
@@ -27,6 +27,8 @@ from proper_ds.data.records import HistoryItem
 
 PRIOR = 50.0
 NUM_LABELS, NUM_WORDS = 3, 6
+MIN_TOTAL = 100
+"""The background counts as no smaller, so that next to nothing is no strong prior."""
 MIN_ITEMS = 2
 """A word of one item alone is chance."""
 MIN_Z_OWN, MIN_Z_SCORES = 1.96, 1.0
@@ -44,7 +46,7 @@ class Summary:
         place = {word: n for n, word in enumerate(self._words)}
         self._words_of = [np.asarray([place[word] for word in found], dtype=np.int64) for found in words]
         self._others_W = np.asarray([background.num_items_with.get(word, 0) for word in self._words], dtype=np.float64)
-        self._total = max(background.total, 1)
+        self._total = max(background.total, MIN_TOTAL)
         self._prior_W = PRIOR * np.maximum(self._others_W, 0.5) / self._total
         self._begin()
 

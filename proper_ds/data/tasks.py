@@ -98,6 +98,7 @@ SCORES = ("1", "2", "3", "4", "5")
 CHOICES = ("[1]", "[2]")
 _CLASS = ("accuracy", "f1_macro")
 _ROUGE = ("rouge-1", "rouge-L")
+_LONG = ("rouge-1", "rouge-L", "meteor-stem")
 
 TASKS = {
     task.name: replace(task, form=task.name)
@@ -150,6 +151,23 @@ TASKS = {
             # LaMP's own items hold the person's text alone: OPPU then learns to write it from nothing.
             (Pair("text", "original"), Pair("text", None, "tweet:", instruction=False)),
             _ROUGE, None, ("text",), 96,
+        ),
+        # LongLaMP: `longlamp.py` makes `text` and `output` of a history item, in the wording of the questions.
+        Task(
+            "LongLaMP_abstract", "LongLaMP_abstract", "generation",
+            "Generate an abstract for the title ", "for the title ",
+            (Pair("output", "text"),), _LONG, None, ("text", "output"), 400,
+        ),
+        Task(
+            "LongLaMP_topic", "LongLaMP_topic", "generation",
+            "Generate the content for a reddit post ", "reddit post ",
+            (Pair("output", "text"),), _LONG, None, ("text", "output"), 512,
+        ),
+        Task(
+            "LongLaMP_review", "LongLaMP_review", "generation",
+            "Generate the review text written by a reviewer who has a given an overall rating of ",
+            "overall rating of ",
+            (Pair("output", "text"),), _LONG, None, ("text", "output"), 512,
         ),
         Task(
             "generic", "generic", "generation", "", "", (Pair("output", "input"),), _ROUGE, None, ("input",), 96,

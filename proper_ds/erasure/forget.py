@@ -183,11 +183,12 @@ class _Work:
     def retire(self) -> None:
         """Move aside what was made from data in another order, as the next run would."""
         order = self._order()
-        groups = [self.run.stage(f"group/{path.name}") for path in self.run.root.glob("group/*")]
+        level_folders = [self.run.stage(f"group/{path.name}") for path in self.run.root.glob("group/*")]
+        level_folders += self.run.in_all_lanes("plora")
         by_place = [
             place for name in ("tokens", "features", "embeddings", "profiles") for place in self.run.in_all_lanes(name)
         ]
-        for place in [*by_place, *self.run.predictions(), *groups]:
+        for place in [*by_place, *self.run.predictions(), *level_folders]:
             found = place.inputs() or place.begun()
             if found is not None and found.get("made_from", {}).get("order", order) != order:
                 place.begin("retired")
@@ -202,14 +203,19 @@ class _Work:
         run = self.run
         for features in run.in_all_lanes("features"):
             self.note("features", rows.erase_features(features.path, self.indices))
+        for profiles in run.in_all_lanes("profiles"):
+            self.note("profiles by a model", rows.erase_predictions(profiles.path, self.indices))
+        for embeddings in run.in_all_lanes("embeddings"):
+            self.note("embeddings", rows.erase_embeddings(embeddings.path, self.indices))
         for predictions in run.predictions():
             if predictions.inputs() is None:
                 self.note("predictions", rows.delete(predictions.path))  # its units would be cut otherwise now
             else:
                 self.note("predictions", rows.erase_predictions(predictions.path, self.indices))
                 self._write_lamp_files(predictions)
-        for folder in ("group", "router", "store"):  # later stages save the level that they go on from
-            for path in sorted(run.root.glob(f"{folder}/*/level.safetensors")):
+        # later stages save the level that they go on from
+        for folder in ("group/*", "router/*", "store/*", "plora", "plora@*"):
+            for path in sorted(run.root.glob(f"{folder}/level.safetensors")):
                 self.note("user tables", rows.erase_table_lines(path, self.indices))
         for path in [
             *run.root.glob(CHECKPOINT),
@@ -273,8 +279,11 @@ def _drop_foreign(run: RunFolder, traces: Traces) -> int:
     That those rows are empty is read back by key and by place, not by these traces.
     """
     num_foreign = 0
-    for kind, name in (("text", "prepared"), ("tokens", "tokens"), ("features", "features")):
-        sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind.get(kind, []))}
+    for kind in ("text", "tokens", "features", "embeddings"):
+        name = "prepared" if kind == "text" else kind
+        if kind not in traces.by_kind:  # the run has none
+            continue
+        sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind[kind])}
         first, *lanes = [run.root / name, *(place.path for place in run.in_all_lanes(name) if place.name != name)]
         foreign = {number for _, number in scan(first, [], sought, lanes).found}
         traces.by_kind[kind] = [trace for number, (trace,) in sought.items() if number not in foreign]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 RETRAIN = (
     "These hold nothing of one user apart from the others, but were learned from their items too. To take that out:"
-    " remove the folders base (where the run has one), tokens, population, features, group, store, router and"
-    " predictions from the run, and run it again; forgotten users stay left out."
+    " remove the folders base (where the run has one), tokens, population, features, embeddings, group, store,"
+    " router, pplug, plora and predictions from the run, and run it again; forgotten users stay left out."
 )
 
 
@@ -59,6 +59,8 @@ def _learned_in(context: RunContext, needs: LaneNeeds, users: Collection[int]) -
     for preset in needs.joints:
         joint = router_users(tokens, config.joint.users, config.joint.max_users, split, config.seed)
         stages[f"store/{preset}-joint"] = (joint, config.joint.train_on)
+    stages |= dict.fromkeys(needs.pplugs, (train, config.pplug.train_on))
+    stages |= {"plora": (everybody, config.plora.train_on)} if needs.plora else {}
     for name, (mask, train_on) in stages.items():
         done = context.stage(name).inputs()
         if done is not None:

@@ -103,7 +103,9 @@ class PloraAnswers:
 
     def attach(self, model: PersonalModel) -> None:
         """See Addition."""
-        model.attach_shared(self._shared.by_module(model.rows))
+        loras = self._shared.by_module(model.rows)
+        assert loras.keys() <= model.adapted.keys(), "PLoRA adapts modules that the model does not wrap"
+        model.attach_shared(loras)
 
     def detach(self, model: PersonalModel) -> None:
         """See Addition."""

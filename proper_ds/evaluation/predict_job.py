@@ -64,10 +64,15 @@ class PredictJob:
         context, lm = self._lanes.context(lanes[0]), self._lanes.lm
         self._history = num_history(context.tokens)
         self._encoder = PromptEncoder(context.tokenizer, config.base.prompt_suffix, config.base.max_length)
-        names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules})
+        names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules, *self._of_plora()})
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._additions: dict[str, Addition] = {}
         self._asked: tuple[tuple[str, int], list[Question]] = ("", -1), []
+
+    def _of_plora(self) -> list[str]:
+        """Modules that PLoRA adapts, where it is asked for."""
+        asked = any(method.kind == "PLoRA" for method in self._methods.values())
+        return self._config.plora.lora.target_modules if asked else []
 
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""

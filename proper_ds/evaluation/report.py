@@ -15,14 +15,16 @@ import pyarrow as pa
 from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
+from proper_ds.evaluation.grouping import grouping_of, read_truth
 from proper_ds.evaluation.methods import Method, methods_of, needs_of_methods, stages_of
 from proper_ds.evaluation.protocol import protocol_of
 from proper_ds.evaluation.published import published_for
 from proper_ds.evaluation.questions import PREDICTIONS, read_predictions
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
-from proper_ds.evaluation.results import Scoring, expert_use, score_tasks, write_lamp_files
+from proper_ds.evaluation.results import Scoring, expert_use, mean_gates, score_tasks, write_lamp_files
 from proper_ds.evaluation.state import bytes_per_user
+from proper_ds.evaluation.test_reads import num_reads
 from proper_ds.evaluation.verify import by_method, write_sums
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
 from proper_ds.observe.metrics import read_events
@@ -80,11 +82,25 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "costs": _costs(context),
         "users": _users(context, config),
         "experts": expert_use(table, names),
+        "grouping": _grouping(context, table, names),
         "gates": gate_history(_events(context, stages)),
         "router_jumps": _router_jumps(context, stages),
         "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
+        "test_reads": num_reads(context.folder.root),
+        "chosen_by": config.chosen_by.model_dump(mode="json") if config.chosen_by else None,
     }
+
+
+def _grouping(context: RunContext, table: pa.Table, methods: list[str]) -> dict[str, Any]:
+    truth = read_truth([str(source["path"]) for source in context.prepared.manifest.sources])
+    if not truth:
+        return {}
+    by_method = {
+        method: ([context.keys[user] for user in users], gates)
+        for method, (users, gates) in mean_gates(table, methods).items()
+    }
+    return grouping_of(by_method, truth)
 
 
 def _costs(context: RunContext) -> dict[str, Any]:

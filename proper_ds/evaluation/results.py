@@ -160,25 +160,31 @@ def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], folder: Pa
         write_json_atomic(folder / "lamp" / f"{name}.json", about)
 
 
+def mean_gates(table: pa.Table, methods: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By method with groups: (users [U], each one's gates [U, modules, experts], the mean over the questions)."""
+    found = {}
+    table = table.select(["method", "user", "gates", "num_experts"])
+    for method in methods:
+        rows = table.filter((pc.field("method") == method) & (pc.list_value_length(pc.field("gates")) > 0))
+        if not len(rows):
+            continue
+        flat = pc.list_flatten(rows.column("gates")).to_numpy().astype(np.float64)
+        gates = flat.reshape(len(rows), -1, rows.column("num_experts")[0].as_py())
+        users, inverse = np.unique(rows.column("user").to_numpy(), return_inverse=True)
+        means = np.zeros((len(users), *gates.shape[1:]))
+        np.add.at(means, inverse, gates)
+        found[method] = (users, means / np.bincount(inverse)[:, None, None])
+    return found
+
+
 def expert_use(table: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
     """How users spread over experts, by method with groups.
 
     `dominant_share` [modules][experts]: the share of users whose strongest expert in that module it is.
     """
     found: dict[str, Any] = {}
-    table = table.select(["method", "user", "gates", "num_experts"])
-    for method in methods:
-        rows = table.filter((pc.field("method") == method) & (pc.list_value_length(pc.field("gates")) > 0))
-        if not len(rows):
-            continue
-        num_experts = rows.column("num_experts")[0].as_py()
-        users = rows.column("user").to_numpy()
-        flat = pc.list_flatten(rows.column("gates")).to_numpy().astype(np.float64)
-        gates = flat.reshape(len(rows), -1, num_experts)
-        _, inverse = np.unique(users, return_inverse=True)
-        means = np.zeros((inverse.max() + 1, *gates.shape[1:]))
-        np.add.at(means, inverse, gates)
-        means /= np.bincount(inverse)[:, None, None]
+    for method, (_, means) in mean_gates(table, methods).items():
+        num_experts = means.shape[-1]
         strongest = means.argmax(-1)
         share = np.stack([(strongest == expert).mean(0) for expert in range(num_experts)], axis=-1)
         found[method] = {

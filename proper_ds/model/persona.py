@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from proper_ds.model.config import NUM_PERSONAL
 from proper_ds.model.routing import Rows, at_least_float
 from proper_ds.model.weights_file import read_about
 
 Tensor = torch.Tensor
 
 KIND = "persona"
-INSTRUCTION, USER = -1, -2
-PERSONAL = (INSTRUCTION, USER)
-"""Token ids of the personal tokens, in their order before the input."""
+PERSONAL = tuple(-1 - number for number in range(NUM_PERSONAL))
+"""Ids of the personal tokens, in their order before the input: the instruction's and the user's."""
 _NUM_SAMPLED = 1024
 
 

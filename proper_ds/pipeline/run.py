@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
 from proper_ds.erasure.forget import check_nothing_pending
 from proper_ds.errors import UserError
+from proper_ds.evaluation.test_reads import TestReads
 from proper_ds.files import write_json_atomic
 from proper_ds.fleet.cluster import Cluster, ray_cluster
 from proper_ds.observe.log import get_logger
@@ -19,7 +20,7 @@ from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.plan import check_inputs
 from proper_ds.pipeline.record import record_run
-from proper_ds.pipeline.stages import STEPS, Stage, StageList
+from proper_ds.pipeline.stages import ANSWERING, STEPS, Stage, StageList
 from proper_ds.pipeline.steps import Steps
 from proper_ds.run_folder import RunFolder, split_lane
 from proper_ds.store.elsewhere import open_store, point_to
@@ -33,9 +34,22 @@ if TYPE_CHECKING:
 class Run:
     """One run as the driver sees it."""
 
-    def __init__(self, config: RunConfig, view: ProgressView) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        view: ProgressView,
+        join: Callable[[], AbstractContextManager[Cluster]] = ray_cluster,
+        reads: TestReads | None = None,
+    ) -> None:
+        """Reads the input files' digests.
+
+        Args:
+            join: gives the Ray cluster when the first stage needs it; several runs may share one.
+            reads: the ledgers of test users; the run's own alone by default.
+        """
         self.config, self.view = config, view
         self.folder = RunFolder(config.output_path)
+        self._join, self._reads = join, reads or TestReads([self.folder.root])
         self.context = RunContext(config, torch.device("cpu"))
         self.stages = StageList(config)
         self.metrics = MetricsFile(self.folder.metrics)
@@ -57,6 +71,8 @@ class Run:
             self._stack = stack
             stack.enter_context(self.folder.locked())
             check_nothing_pending(self.folder.root)
+            if any(not self._is_done(stage) for stage in self.stages.of(*ANSWERING) if stage.step in chosen):
+                self._reads.check(self.config, self.stages.data_digest)
             record_run(self.config, self.folder)
             if self.config.store.location is not None:
                 open_files(self.config.store.location)  # refuses places where two writers could both win
@@ -77,6 +93,10 @@ class Run:
                         )
                     continue
                 self._do(step, missing)
+        return self.is_done()
+
+    def is_done(self) -> bool:
+        """Whether every stage has a result of exactly this configuration, the report included."""
         return all(self._is_done(stage) for stage in self.stages)
 
     def _is_done(self, stage: Stage) -> bool:
@@ -106,7 +126,7 @@ class Run:
         """The Ray cluster; joined or started when the first stage needs it."""
         if self._cluster is None:
             assert self._stack is not None
-            self._cluster = self._stack.enter_context(ray_cluster())
+            self._cluster = self._stack.enter_context(self._join())
             get_logger().info("Ray: %s", self._cluster)
             self._settle_dtype(self._cluster.on_gpu)
         return self._cluster
@@ -131,6 +151,8 @@ class Run:
         for stage in missing:
             if self._begin(stage):
                 get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
+        if step in ANSWERING:
+            self._reads.record(self.config, self.stages.data_digest)
         names = ", ".join(stage.name for stage in missing)
         what = step if names == step else f"{step} ({names})"
         get_logger().info("%s: begins", what)

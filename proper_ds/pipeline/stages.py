@@ -48,6 +48,8 @@ STEPS = (
 )
 """What people call the stages; some stand for several folders."""
 
+ANSWERING = ("floors", "evaluate")
+"""Steps that answer the questions of `evaluation.split`."""
 ENCODER = ("encoder", "encoder_revision", "pooling", "query_prefix")
 """Settings of `pplug` that its embeddings depend on."""
 SHARED = ("prepared", "base")
@@ -145,6 +147,14 @@ class StageList:
 
     def __iter__(self) -> Any:
         return iter(self.stages)
+
+    @property
+    def data_digest(self) -> str:
+        """Of the data that the run reads, wherever it lies and however it is prepared."""
+        prepared = self.of("prepare")
+        if not prepared:
+            return self._prints["prepared"]
+        return digest_of([source["files"] for source in prepared[0].settings["sources"]])
 
     def of(self, *steps: str) -> list[Stage]:
         """The stages that belong to the given steps, in order."""

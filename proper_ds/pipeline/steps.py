@@ -43,6 +43,8 @@ from proper_ds.training.set_plan import ensure_plan, users_to_train
 if TYPE_CHECKING:
     pass
 
+TOKENS_PER_PROFILE = 2_000
+"""What a user counts for in units whose users' profiles a model writes."""
 _COUNTED = ("num_examples", "num_tokens")
 
 
@@ -72,6 +74,7 @@ class Steps:
         do: dict[str, Callable[[list[Stage]], None]] = {
             "prepare": self._prepare,
             "base": self._base,
+            "profiles": self._profiles,
             "tokens": self._tokens,
             "population": self._ranks,
             "features": self._features,
@@ -145,6 +148,14 @@ class Steps:
             if marker["num_bare"]:
                 bare = "%s: %d of %d prompts had no room for what the recipe puts before them; raise base.max_length"
                 get_logger().warning(bare, stage.name, marker["num_bare"], marker["num_examples"])
+
+    def _profiles(self, stages: list[Stage]) -> None:
+        """Units by users, as there are no tokens yet: what a model reads of each is bounded."""
+        num_users, per_unit = self._context.prepared.manifest.num_users, self._config.fleet.num_tokens_per_unit
+        every = [u for s in stages for u in plan_units(np.full(num_users, TOKENS_PER_PROFILE), per_unit, s.name)]
+        pending = [unit for unit in every if not has_answers(self._folder.stage(unit.part).path, unit.name)]
+        recipes = {lane.recipe.lane: lane.recipe.model_dump(mode="json") for lane in needs_of(self._config).lanes}
+        self._fleet("proper_ds.training.profiles:ProfilesJob", {"recipes": recipes}, "profiles", every, pending)
 
     def _ranks(self, stages: list[Stage]) -> None:
         options = {"stages": [[s.name, s.fingerprint, s.settings, s.made_from] for s in stages]}

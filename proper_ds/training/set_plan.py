@@ -13,7 +13,7 @@ from proper_ds.files import atomic_path
 from proper_ds.observe.log import get_logger
 from proper_ds.run_folder import StageFolder
 from proper_ds.store.elsewhere import open_store
-from proper_ds.training.anchors import merge_anchors
+from proper_ds.training.anchors import merge_anchors, needs_anchors
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import num_history, router_users, users_with_queries
 
@@ -69,7 +69,7 @@ def users_to_train(context: RunContext) -> np.ndarray:
         router = config.router
         chosen = router_users(tokens, router.users, router.max_users, config.data.train_split, config.seed)
         chosen = chosen | users_with_queries(tokens, config.evaluation.split)
-        if "merged" in config.evaluation.methods:
+        if needs_anchors(config):
             chosen = chosen | merge_anchors(tokens, config)
         mask = mask & chosen
     return mask

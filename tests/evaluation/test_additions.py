@@ -25,7 +25,7 @@ from proper_ds.run_folder import RunFolder
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training.embeddings import UserEmbeddings, write_embeddings
 from proper_ds.training.features import write_features
-from proper_ds.training.pplug import check_room
+from proper_ds.training.persona_inputs import check_room
 from tests.fakes import tiny_llama
 from tests.store.stores import put
 from tests.training.test_anchors import tokens_of

@@ -296,3 +296,9 @@ def test_what_released_groups_do_not_know_is_refused(load, override):
 def test_a_written_configuration_with_every_key_loads_again(load, overrides):
     whole = load(GOOD, *overrides).model_dump(mode="json")
     assert load(whole) == load(GOOD, *overrides)
+
+
+def test_a_folder_of_an_encoder_is_found_from_anywhere_and_a_name_is_left_alone(load):
+    methods = "evaluation.methods=[PPlug]"
+    assert load(GOOD, methods, "pplug.encoder=./bge").pplug.encoder == str(REPO / "bge")
+    assert load(GOOD, methods, "pplug.encoder=org/bge").pplug.encoder == "org/bge"

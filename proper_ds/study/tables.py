@@ -16,14 +16,12 @@ from proper_ds.evaluation.report_html import NUM_PLOTTED, html_table, page
 from proper_ds.evaluation.report_rows import main_metric, ranking, references_of
 from proper_ds.evaluation.report_text import table as markdown_table
 from proper_ds.files import write_json_atomic, write_text_atomic
-from proper_ds.study.finished import FinishedRun
+from proper_ds.study.finished import STATE, FinishedRun
 from proper_ds.study.plots import quality_against
 from proper_ds.study.results import results_of
 from proper_ds.study.rows import Table, notes_of, tables_of
 
 NAME = "results"
-STATE = "study.json"
-"""What the runner knows of the runs that are not finished."""
 
 
 def write_results(runs: Sequence[FinishedRun], folder: Path) -> None:

@@ -10,9 +10,10 @@ from proper_ds.errors import ConfigError, FleetError, StudyError, UserError
 from proper_ds.observe.progress import ProgressView
 from proper_ds.study import runner
 from proper_ds.study.config import GeneratedData
+from proper_ds.study.finished import STATE
 from proper_ds.study.load import load_study
 from proper_ds.study.plan import plan_runs
-from proper_ds.study.runner import STATE, Failure, compare, generate_data, raise_for, run_all
+from proper_ds.study.runner import Failure, compare, generate_data, raise_for, run_all
 from tests.study.studies import write_study
 
 
@@ -43,13 +44,15 @@ def test_one_that_fails_does_not_keep_the_others_from_running(planned, tmp_path)
             raise RuntimeError("a defect")
         pretend(run)
 
-    finished, failures = run_all(planned, do, tmp_path / "study")
+    tables = []
+    finished, failures = run_all(planned, do, tmp_path / "study", lambda runs, folder: tables.append(len(runs)))
+    assert tables == [2]
     assert [(run.task, run.variant) for run in finished] == [(t, "group.num_experts=2") for t in ("films", "books")]
     assert finished[0].seconds == 3
     assert finished[0].name == "films/group.num_experts=2"
     assert [str(failure) for failure in failures] == ["films/main: its ranks were lost", "books/main: a defect"]
     assert state(tmp_path) == (True, ["failed", "done", "failed", "done"])
-    finished, failures = run_all(planned, pretend, tmp_path / "study")
+    finished, failures = run_all(planned, pretend, tmp_path / "study", lambda runs, folder: None)
     assert (len(finished), failures) == (4, [])
     assert state(tmp_path) == (False, ["done"] * 4)
 
@@ -60,8 +63,10 @@ def test_ctrl_c_ends_the_study_and_what_is_done_is_on_record(planned, tmp_path):
             raise KeyboardInterrupt
         pretend(run)
 
+    tables = []
     with pytest.raises(KeyboardInterrupt):
-        run_all(planned, do, tmp_path / "study")
+        run_all(planned, do, tmp_path / "study", lambda runs, folder: tables.append([run.task for run in runs]))
+    assert tables == [["films", "films"]]
     assert state(tmp_path) == (True, ["done", "done", "open", "open"])
 
 
@@ -69,11 +74,11 @@ def test_the_exit_code_says_who_must_mend_it(planned):
     def failures(*errors):
         return [Failure(run, error) for run, error in zip(planned, errors, strict=False)]
 
-    with pytest.raises(UserError, match=r"2 of 4 runs failed.*PARTIAL\n  films/main: no data") as error:
-        raise_for(failures(UserError("no data"), UserError("no base")), 4, "run")
+    with pytest.raises(UserError, match=r"2 of 4 runs failed, .*PARTIAL\n  films/main: no data") as error:
+        raise_for(failures(UserError("no data"), UserError("no base")), 4)
     assert error.value.exit_code == 2
     with pytest.raises(StudyError, match="same command again") as error:
-        raise_for(failures(UserError("no data"), FleetError("lost")), 4, "run")
+        raise_for(failures(UserError("no data"), FleetError("lost")), 4)
     assert error.value.exit_code == 1
 
 
@@ -87,7 +92,7 @@ def test_several_configurations_on_test_users_are_refused_before_anything_runs(t
         compare(study, runs, ProgressView(None), again=False)
     assert not (tmp_path / "study").exists()
     seeds = load_study(write_study(tmp_path, seeds=[1, 2], **changes))
-    monkeypatch.setattr(runner, "run_all", lambda planned, do, folder: ([], []))
+    monkeypatch.setattr(runner, "run_all", lambda planned, do, folder, write: ([], []))
     compare(seeds, plan_runs(seeds, str(path)), ProgressView(None), again=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from proper_ds.evaluation import report_rows
 from proper_ds.evaluation.compare import BELOW, WITHIN
 from proper_ds.evaluation.report_rows import MARKS, UNKNOWN, gain_text, number, span
 from proper_ds.study.results import COSTS, PARTS, WHOLE, ranked
@@ -42,7 +43,7 @@ def tables_of(results: Results) -> list[Table]:
     references = list(results["differences"][WHOLE])
     found += [difference_table(results, part, than) for than in references for part in PARTS]
     found += [ablation_table(results, method) for method in results["ablations"] if _is_changed(results, method)]
-    found += [cost_table(results), run_table(results)]
+    found += [grouping_table(results), cost_table(results), run_table(results)]
     return [table for table in found if table.rows]
 
 
@@ -155,6 +156,16 @@ def _ablated(cell: dict[str, Any] | None, is_baseline: bool) -> str:
         return number(cell["value"])
     difference = cell["difference"]
     return f"{number(cell['value'])} ({gain_text(difference) if difference else 'nothing to compare'})"
+
+
+def grouping_table(results: Results) -> Table:
+    """How well experts found the true groups, in runs whose data knows them."""
+    header, rows = ["run"], list[list[str]]()
+    for name, grouping in results["grouping"].items():
+        titles, lines = report_rows.grouping_table({"grouping": grouping})
+        header, rows = ["run", *titles], [*rows, *([name, *line] for line in lines)]
+    note = "ARI, adjusted Rand index: 1 for the true groups, 0 as by chance. NMI, normalised mutual information."
+    return Table("Experts against the true groups", header, rows, note)
 
 
 def cost_table(results: Results) -> Table:

@@ -162,6 +162,17 @@ def test_costs_are_summed_over_tasks_and_unknown_ones_are_not_guessed(finish, tm
     assert rows["OPPU"][2] == "?"
 
 
+def test_how_well_groups_were_found_and_how_often_test_users_were_read_is_told(finish, tmp_path):
+    run = finish("films", "main", ratings({"OPPU": 0.5}, 5))
+    agreement = {"adjusted_rand_index": 0.875, "normalized_mutual_information": 0.75}
+    about = {"num_users": 5, "num_groups": 2, "num_experts": 4, "strongest": agreement, "k_means": agreement}
+    run.report.update(grouping={"proper": about}, test_reads=3)
+    write_results([run], tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| films/main | proper | 5 | 2 | 4 | 0.875 | 0.875 | 0.750 |" in text
+    assert "films/main: 3" in text
+
+
 POINTS = st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8)
 
 

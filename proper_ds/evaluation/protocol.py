@@ -28,7 +28,7 @@ TEST = "test"
 def protocol_of(context: RunContext) -> dict[str, Any]:
     """The `protocol` of report.json: split, kind of split, base, decoding, scoring, and `cautions` for comparisons."""
     evaluation, data = context.config.evaluation, context.config.data
-    trained, asked = _users_of(context.prepared, data.train_split), _users_of(context.prepared, evaluation.split)
+    trained, asked = users_of(context.prepared, data.train_split), users_of(context.prepared, evaluation.split)
     name, share = split_protocol(trained, asked)
     found: dict[str, Any] = {
         "name": name,
@@ -49,7 +49,7 @@ def protocol_of(context: RunContext) -> dict[str, Any]:
     return found | {"cautions": cautions(found, context.prepared.manifest, data.max_users_per_split)}
 
 
-def _users_of(prepared: PreparedData, split: str) -> np.ndarray:
+def users_of(prepared: PreparedData, split: str) -> np.ndarray:
     """Mask over users: those with a question in `split`."""
     parts = []
     for shard in prepared.manifest.shards:
@@ -102,9 +102,9 @@ def cautions(protocol: dict[str, Any], manifest: Manifest, max_users: int | None
         )
     if max_users is not None:
         found.append(f"Only the first {max_users} users of each split took part (data.max_users_per_split).")
-    own = [name for name in manifest.tasks if name not in TASKS]
+    own = [name for name, task in manifest.tasks.items() if name not in TASKS or task.lamp_id == "generic"]
     if own:
-        found.append(f"{', '.join(own)}: data in LaMP's format, but not LaMP's own.")
+        found.append(f"{', '.join(own)}: not LaMP's own data.")
     if protocol["closed_labels"] == "score":
         found.append("Closed label sets are answered by likelihood, so that no answer is illegal; LaMP generates.")
     if any("rouge-1" in task.metrics for task in manifest.tasks.values()):

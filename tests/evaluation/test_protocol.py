@@ -14,7 +14,7 @@ from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
 from proper_ds.evaluation.config import EvaluationConfig
 from proper_ds.evaluation.methods import METHODS
-from proper_ds.evaluation.protocol import cautions, decoding, split_protocol, users_of
+from proper_ds.evaluation.protocol import cautions, decoding, is_oppu, split_protocol, users_of
 from proper_ds.evaluation.state import bytes_per_user
 
 
@@ -29,6 +29,12 @@ from proper_ds.evaluation.state import bytes_per_user
 )
 def test_the_split_is_told_by_who_has_questions_in_training(trained, asked, wanted):
     assert split_protocol(np.asarray(trained, dtype=bool), np.asarray(asked, dtype=bool)) == wanted
+
+
+def test_oppus_files_are_known_by_their_names():
+    theirs, other = ({"files": [{"name": name}, {"name": "x"}]} for name in ("user_top_100_history.json", "dev.jsonl"))
+    assert is_oppu([theirs, theirs])
+    assert not is_oppu([theirs, other])
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ class Table:
 
     Attributes:
         note: what stands below it.
-        best: by column, the rows to be marked as best.
+        best: places (row, column) to be marked as best.
+        source: the files that its numbers come from, below the runs' folders.
     """
 
     title: str
@@ -34,6 +35,12 @@ class Table:
     rows: list[list[str]]
     note: str = ""
     best: frozenset[tuple[int, int]] = frozenset()
+    source: str = "report.json"
+
+    @property
+    def caption(self) -> str:
+        """What stands below the table: how to read it, and where it comes from."""
+        return f"{self.note} From {self.source} of the runs below.".strip()
 
 
 def tables_of(results: Results) -> list[Table]:
@@ -137,9 +144,9 @@ def ablation_table(results: Results, method: str) -> Table:
             rows.append([variant, *(_ablated(cell, variant == results["baseline"]) for cell in cells)])
     note = (
         f"Value, and in brackets the difference to {results['baseline']} with its interval: paired by question,"
-        " bootstrap over users; positive is better. Methods of which no variant changed an answer are left out."
+        " bootstrap over users; positive is better."
     )
-    return Table(f"Variants, method {method}", ["variant", *_titles(results)], rows, note)
+    return Table(f"Variants, method {method}", ["variant", *_titles(results)], rows, note, source="predictions/")
 
 
 def _is_changed(results: Results, method: str) -> bool:
@@ -211,14 +218,16 @@ def run_table(results: Results) -> Table:
 
 def notes_of(results: Results) -> list[str]:
     """What must be said before any table: where it comes from, what is missing, and what it cannot be compared with."""
-    lines = [f"Made by `{results['made_by']}` from the reports of {len(results['runs'])} runs, listed below."]
+    lines = [f"Made by `{results['made_by']}` from {len(results['runs'])} runs, listed at the end."]
     if results["missing"]:
         lines.append(f"PARTIAL: {', '.join(results['missing'])}: not finished.")
     if results["baseline"] != "main" or len(results["variants"]) > 1:
         lines.append(f"The tables of scores are of variant {results['baseline']}.")
-    about = sorted(
-        {f"split {p['split']}, {p['name']}, base {p['base']}" for p in (r["protocol"] for r in results["runs"])}
-    )
+    same = [method for method in results["ablations"] if not _is_changed(results, method)]
+    if same:
+        lines.append(f"No variant changed an answer of {', '.join(same)}.")
+    protocols = [run["protocol"] for run in results["runs"]]
+    about = sorted({f"split {one['split']}, {one['name']}, base {one['base']}" for one in protocols})
     lines += [f"Protocol: {line}." for line in about]
     generated = [name for name, column in results["columns"].items() if column["generated"]]
     if generated:

@@ -38,10 +38,10 @@ class Table:
 def tables_of(results: Results) -> list[Table]:
     """Every table that has rows, in the order in which people ask for them."""
     found = [score_table(results, part) for part in PARTS]
-    found.insert(1, user_mean_table(results))
+    found[1:1] = [verdict_table(results), user_mean_table(results)]
     references = list(results["differences"][WHOLE])
     found += [difference_table(results, part, than) for than in references for part in PARTS]
-    found += [ablation_table(results, method) for method in results["ablations"]]
+    found += [ablation_table(results, method) for method in results["ablations"] if _is_changed(results, method)]
     found += [cost_table(results), run_table(results)]
     return [table for table in found if table.rows]
 
@@ -80,14 +80,32 @@ def _scores(results: Results, part: str, key: str) -> tuple[list[list[str]], fro
 def score_table(results: Results, part: str) -> Table:
     """Methods by tasks, the main metric over questions, for everybody or a part of the users."""
     rows, best = _scores(results, part, "value")
-    floors = sorted({column["floor"] for column in results["columns"].values() if column["floor"]})
     note = "Methods in the order of their mean rank; the best of each task is marked."
-    if part == WHOLE and floors:
+    if part == WHOLE and any(column["floor"] for column in results["columns"].values()):
         note += (
-            f" {MARKS[BELOW]}: not better than the best method without a language model ({' or '.join(floors)});"
+            f" {MARKS[BELOW]}: not better than the task's best method without a language model;"
             f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference."
         )
     return Table(f"Scores over questions, {WHOSE[part]}", ["method", *_titles(results)], rows, note, best)
+
+
+def verdict_table(results: Results) -> Table:
+    """How many tasks each method wins and loses against the references, for all users and by half of history."""
+    shown = [(than, part) for than in results["differences"][WHOLE] for part in PARTS if part != "cold"]
+    found = results["differences"]
+    rows = []
+    for method in ranked(results["methods"][WHOLE], results["columns"]):
+        cells = [found[part].get(than, {}).get(method, {}) for than, part in shown]
+        rows.append([method, *(_verdicts(list(by_column.values())) for by_column in cells)])
+    header = ["method", *(f"over {than}, {part}" for than, part in shown)]
+    note = "Tasks where it is better beyond the interval / neither / worse beyond the interval."
+    return Table("Tasks won and lost", header, rows if shown else [], note)
+
+
+def _verdicts(pairs: list[dict[str, Any]]) -> str:
+    verdicts = [pair["verdict"] for pair in pairs]
+    won, lost = verdicts.count("better"), verdicts.count("worse")
+    return f"{won} / {len(pairs) - won - lost} / {lost}" if pairs else ""
 
 
 def user_mean_table(results: Results) -> Table:
@@ -118,9 +136,16 @@ def ablation_table(results: Results, method: str) -> Table:
             rows.append([variant, *(_ablated(cell, variant == results["baseline"]) for cell in cells)])
     note = (
         f"Value, and in brackets the difference to {results['baseline']} with its interval: paired by question,"
-        " bootstrap over users; positive is better."
+        " bootstrap over users; positive is better. Methods of which no variant changed an answer are left out."
     )
     return Table(f"Variants, method {method}", ["variant", *_titles(results)], rows, note)
+
+
+def _is_changed(results: Results, method: str) -> bool:
+    """Whether any variant changed an answer of a method."""
+    cells = [cell for by_variant in results["ablations"][method].values() for cell in by_variant.values()]
+    found = [cell["difference"] for cell in cells if cell["difference"]]
+    return not found or any(difference["interval"] != [0, 0] for difference in found)
 
 
 def _ablated(cell: dict[str, Any] | None, is_baseline: bool) -> str:

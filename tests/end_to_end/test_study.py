@@ -43,7 +43,7 @@ def study(tmp_path_factory):
 
 
 def test_two_runs_make_one_table_and_share_what_they_have_in_common(study):
-    path, out, printed = study
+    _, out, printed = study
     main, fewer = out / "made" / "main", out / "made" / "group.num_experts=2"
     for name in ("prepared", "base", "tokens", "population", "features", "predictions/base", "predictions/own-habit"):
         assert f"{name}: adopted from {main}" in printed

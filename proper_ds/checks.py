@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from proper_ds.data.recipe import recipe_problems
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
 from proper_ds.errors import Problem
-from proper_ds.evaluation.methods import needs_of
+from proper_ds.evaluation.method_checks import check_soft
+from proper_ds.evaluation.methods import METHODS, all_methods, changed_recipe, methods_of, needs_of
 from proper_ds.model.config import BaseConfig
-from proper_ds.section import Section
+from proper_ds.section import is_changed
 from proper_ds.training.config import PROPER_ONLY, OptimSettings, RankTraining, UserConfig
 from proper_ds.training.schedule import wrong_kwargs
 
@@ -31,7 +36,9 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_schedules(config),
         *_users(config),
         *_batches(config),
+        *_recipes(config),
         *_methods(config),
+        *check_soft(config),
         *_update(config),
         *_ranks(config.distributed),
         *_deepspeed(config),
@@ -47,7 +54,7 @@ def _data(config: RunConfig) -> list[Problem]:
         problems.append(Problem("data.prepared", "given together with data.path", "Keep one of the two."))
     if data.prepared is not None and not data.path:
         used = {"prepared", "train_split"}
-        idle = sorted(name for name in data.model_fields_set - used if _changed(data, name))
+        idle = sorted(name for name in data.model_fields_set - used if is_changed(data, name))
         mend = "It belongs to `proper-ds data prepare`; remove it here."
         problems += [Problem(f"data.{name}", "has no effect on prepared data", mend) for name in idle]
     taught = [name for name, stage in _trained_stages(config) if "queries" in stage.train_on]
@@ -56,11 +63,6 @@ def _data(config: RunConfig) -> list[Problem]:
         mend = f"Evaluate on another split, or set `train_on: [history]` in {', '.join(taught)}."
         problems.append(Problem("evaluation.split", wrong, mend))
     return problems
-
-
-def _changed(section: Section, name: str) -> bool:
-    """Unlike `model_fields_set`, this is the same when a written configuration, which has all keys, is loaded again."""
-    return bool(getattr(section, name) != type(section).model_fields[name].get_default())
 
 
 def _base(base: BaseConfig) -> list[Problem]:
@@ -91,17 +93,21 @@ def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
         ("group", config.group),
         ("router", config.router),
         ("joint", config.joint),
+        ("pplug", config.pplug),
+        ("plora", config.plora),
     ]
 
 
 def _trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
     """Those of the stages on ranks that the methods need."""
-    needs = needs_of(config.evaluation.methods)
+    needs = needs_of(config)
     is_needed = {
         "population": needs.population,
         "group": bool(needs.presets),
         "router": bool(needs.routers),
         "joint": bool(needs.joints),
+        "pplug": bool(needs.pplugs),
+        "plora": needs.plora,
     }
     return [(name, stage) for name, stage in _rank_stages(config) if is_needed[name]]
 
@@ -131,7 +137,7 @@ def _packing(config: RunConfig) -> list[Problem]:
 
 def _experts(config: RunConfig) -> list[Problem]:
     group, distributed, problems = config.group, config.distributed, []
-    presets = needs_of(config.evaluation.methods).presets
+    presets = needs_of(config).presets
     size = distributed.expert_parallel_size
     if size > 1 and distributed.num_ranks % size:
         wrong = f"{size} does not divide distributed.num_ranks {distributed.num_ranks}"
@@ -148,12 +154,12 @@ def _experts(config: RunConfig) -> list[Problem]:
     if group.num_blocks is not None:
         problems += _blocks(config)
     for name in sorted(PROPER_ONLY) if presets and "proper" not in presets else []:
-        if not _changed(group, name):
+        if not is_changed(group, name):
             continue
         mend = "Remove it, or evaluate a method of preset proper."
         problems.append(Problem(f"group.{name}", "has no effect on proper-released", mend))
     if group.user_vector == "table":
-        for name in (name for name in ("history_dropout", "users") if _changed(group, name)):
+        for name in (name for name in ("history_dropout", "users") if is_changed(group, name)):
             problems.append(Problem(f"group.{name}", "has no effect with group.user_vector table", "Remove it."))
         if "history" not in group.train_on and "proper" in presets:
             wrong = "without `history`, but the user table has a row for each user, and would leave most untrained"
@@ -242,9 +248,42 @@ def _batches(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def _recipes(config: RunConfig) -> list[Problem]:
+    """Names of methods, and what the run makes of them."""
+    problems, known = [], all_methods(config)
+    for name, recipe in config.recipes.items():
+        key, like = f"recipes.{name}", recipe.like or name
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}", name):
+            mend = "Use letters, digits, `+`, `.`, `_` and `-`, 64 at most: folders are called so."
+            problems.append(Problem(key, f"{name!r} cannot name a method", mend))
+            continue
+        if like not in METHODS:
+            near = difflib.get_close_matches(like, METHODS, n=1)
+            mend = f"Did you mean `{near[0]}`?" if near else f"Shipped methods are {', '.join(METHODS)}."
+            problems.append(Problem(f"{key}.like", f"no shipped method {like!r}", mend))
+            continue
+        if METHODS[like].kind != "model":
+            wrong = f"{like} builds no prompts, or plain ones only, so there is nothing to change"
+            problems.append(Problem(key, wrong, "Make it from a method that answers prompts, such as RAG."))
+            continue
+        changed, wrong_values = changed_recipe(METHODS[like], recipe.prompt)
+        problems += [replace(problem, key=f"{key}.prompt.{problem.key}") for problem in wrong_values]
+        problems += recipe_problems(changed, f"{key}.prompt") if changed is not None else []
+        if name not in config.evaluation.methods:
+            mend = "Add it to evaluation.methods, or remove it."
+            problems.append(Problem(key, "has no effect: the method is not evaluated", mend))
+    if unknown := [name for name in config.evaluation.methods if name not in known]:
+        spelt = {name.casefold(): name for name in known}
+        found = {name: difflib.get_close_matches(name.casefold(), spelt, n=1) for name in unknown}
+        near = [f"`{spelt[matches[0]]}` for {name!r}" for name, matches in found.items() if matches]
+        mend = (f"Did you mean {', '.join(near)}? " if near else "") + f"Methods are {', '.join(known)}."
+        problems.append(Problem("evaluation.methods", f"no method {', '.join(map(repr, unknown))}", mend))
+    return problems
+
+
 def _methods(config: RunConfig) -> list[Problem]:
     evaluation, problems = config.evaluation, []
-    needs = needs_of(evaluation.methods)
+    needs = needs_of(config)
     missing = sorted(set(config.group.lora.target_modules) - set(config.user.lora.target_modules))
     lora_aware = needs.routers or needs.joints
     if lora_aware and missing:
@@ -261,9 +300,13 @@ def _methods(config: RunConfig) -> list[Problem]:
         wrong = "without `history`, but proper-released has a row for each user, and would leave most of them untrained"
         problems.append(Problem("group.train_on", wrong, "Add `history`, or drop the released methods."))
     for name in sorted(type(config.joint).model_fields) if not needs.joints else []:
-        if _changed(config.joint, name):
+        if is_changed(config.joint, name):
             mend = "Remove it, or add proper-joint to evaluation.methods."
             problems.append(Problem(f"joint.{name}", "has no effect without method proper-joint", mend))
+    for name in evaluation.references or ():
+        if name not in evaluation.methods:
+            mend = f"Add it there, or compare with some of {', '.join(evaluation.methods)}."
+            problems.append(Problem("evaluation.references", f"{name!r} is not in evaluation.methods", mend))
     if evaluation.closed_labels == "generate" and "ordinal" in evaluation.model_fields_set:
         mend = "Remove it, or use `closed_labels: score`."
         problems.append(Problem("evaluation.ordinal", "has no effect on generated answers", mend))
@@ -284,9 +327,12 @@ def _update(config: RunConfig) -> list[Problem]:
     key, problems = "user.only_changed", []
     if not config.user.only_changed:
         return []
-    if not needs_of(config.evaluation.methods).adapter_sets:
+    if not needs_of(config).adapter_sets:
         mend = "Remove it, or evaluate a method with user adapters, such as OPPU."
         problems.append(Problem(key, "has no effect: no method of evaluation.methods has user adapters", mend))
+    if others := [m.name for m in methods_of(config) if m.lane or m.kind not in ("model", "floor")]:
+        wrong = f"keeps shared stages of plain prompts only, not those behind {', '.join(others)}"
+        problems.append(Problem(key, wrong, "Leave these methods out, or train all anew without user.only_changed."))
     if config.data.prepared is not None:
         mend = "Give `data.path`: the run prepares each night's data itself, so that users keep their places."
         problems.append(Problem(key, "cannot work on data.prepared", mend))
@@ -302,7 +348,7 @@ def _ranks(distributed: DistributedConfig) -> list[Problem]:
 
 def _deepspeed(config: RunConfig) -> list[Problem]:
     key = "distributed.deepspeed"
-    if not needs_of(config.evaluation.methods).population:
+    if not needs_of(config).population:
         return []
     try:
         raw = read_ds_file(config.distributed.deepspeed)

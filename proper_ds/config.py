@@ -18,12 +18,23 @@ from proper_ds.checks import check_config
 from proper_ds.data.config import DataConfig
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.errors import ConfigError, Problem
-from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.evaluation.config import EvaluationConfig, MethodRecipe
+from proper_ds.files import digest_of_file
 from proper_ds.fleet.config import FleetConfig
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import Section, problems_of
 from proper_ds.store.config import StoreConfig
-from proper_ds.training.config import GroupConfig, JointConfig, PopulationConfig, RouterConfig, UserConfig
+from proper_ds.study.config import ChosenBy
+from proper_ds.training.config import (
+    GroupConfig,
+    JointConfig,
+    MergeConfig,
+    PloraConfig,
+    PopulationConfig,
+    PplugConfig,
+    RouterConfig,
+    UserConfig,
+)
 
 ROOT_VARIABLE = "PROPER_DS_ROOT"
 
@@ -41,10 +52,17 @@ class RunConfig(Section):
     user: UserConfig = UserConfig()
     router: RouterConfig = RouterConfig()
     joint: JointConfig = JointConfig()
+    pplug: PplugConfig = PplugConfig()
+    plora: PloraConfig = PloraConfig()
+    merge: MergeConfig = MergeConfig()
     distributed: DistributedConfig = DistributedConfig()
     fleet: FleetConfig = FleetConfig()
     store: StoreConfig = StoreConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    chosen_by: ChosenBy | None = None
+    """Path of a sweep's `best.yaml`: its values take the place of those in this file, and the report says so."""
+    recipes: dict[str, MethodRecipe] = {}
+    """Methods of one's own, and changes of shipped ones, by name."""
 
     @property
     def output_path(self) -> Path:
@@ -135,7 +153,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     raw = read_yaml(Path(path))
     problems = apply_overrides(raw, overrides)
+    problems += apply_chosen(raw, [override.partition("=")[0] for override in overrides])
     return validate(raw, str(path), problems)
+
+
+def apply_chosen(raw: dict[str, Any], fixed: Sequence[str] = ()) -> list[Problem]:
+    """Put what a sweep chose (`chosen_by: PATH`) into `raw`, and on record there; returns what could not be.
+
+    A configuration that a run wrote down has record and values already, and needs the file no more.
+
+    Args:
+        fixed: dotted keys that the choice must not contradict.
+    """
+    given = raw.get("chosen_by")
+    if not isinstance(given, str):
+        return []
+    path = Path(absolute(given))
+    try:
+        best = read_yaml(path)
+        chosen: dict[str, Any] = dict(best["overrides"])
+        record = {name: best[name] for name in ("split", "method", "metric", "num_trials")}
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        return [Problem("chosen_by", f"{given} cannot be used ({error})", "Give a best.yaml of `proper-ds sweep`.")]
+    clash = sorted(set(chosen) & set(fixed))
+    if clash:
+        mend = "Leave chosen_by out, or the override: the report would tell of a choice that was not followed."
+        return [Problem(key, "given besides chosen_by, which chose it", mend) for key in clash]
+    for dotted, value in chosen.items():
+        *sections, last = dotted.split(".")
+        inner = raw
+        for key in sections:
+            if not isinstance(inner.get(key), dict):
+                inner[key] = {}
+            inner = inner[key]
+        inner[last] = value
+    raw["chosen_by"] = record | {"path": str(path), "digest": digest_of_file(path), "overrides": chosen}
+    return []
 
 
 def validate(raw: dict[str, Any], source: str, problems: Sequence[Problem] = ()) -> RunConfig:

@@ -41,6 +41,10 @@ class FleetError(ProperError):
     """Actors or ranks that failed more often than allowed; running the same command again resumes."""
 
 
+class StudyError(ProperError):
+    """Runs of a study, or trials of a sweep, that failed; the others are kept, and the same command goes on."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a configuration: its dotted key, what is wrong, and how to mend it."""

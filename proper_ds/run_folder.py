@@ -1,7 +1,9 @@
 """The layout of a run's folder, and the markers that say a stage's result is complete and what it was made from.
 
     config.yaml versions.json metrics.jsonl logs/
-    prepared/ base/ tokens/ population/ features/ group/<preset>/ store/<set>/ router/<preset>/ predictions/
+    prepared/ base/ tokens/ population/ features/ group/<preset>/ store/<set>/ router/<preset>/
+    predictions/<method>/   answers; `lamp/` holds them in LaMP's format
+    <stage>@<lane>/         a stage of a lane: under prompts other than the plain ones
     report.json report.md report.html
     superseded/             results of other settings, moved aside, never deleted
     roster.parquet          users by index, so that a nightly update keeps their places (pipeline/roster.py)
@@ -59,8 +61,17 @@ class RunFolder:
         return sorted(path for path in (self.root / "superseded").glob(f"{stem}-*") if stage_of(path) == stem)
 
     def stage(self, name: str) -> StageFolder:
-        """The folder of a stage: `population`, `group/proper`, `store/OPPU` and so on."""
+        """The folder of a stage: `population`, `group/proper`, `store/OPPU@bm25-4-lamp` and so on."""
         return StageFolder(self.root, name)
+
+    def in_all_lanes(self, name: str) -> list[StageFolder]:
+        """A stage's folders that are there, of all lanes."""
+        found = [self.root / name, *self.root.glob(f"{name}@*")]
+        return [StageFolder(self.root, str(path.relative_to(self.root))) for path in sorted(found) if path.exists()]
+
+    def predictions(self) -> list[StageFolder]:
+        """The folders of all methods' answers."""
+        return [self.stage(f"predictions/{path.name}") for path in sorted(self.root.glob("predictions/*/"))]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -172,6 +183,17 @@ class StageFolder:
 def stage_of(path: Path) -> str:
     """The stage, slashes as hyphens, that a folder in `superseded/` was made by."""
     return path.name.rsplit("-", 3)[0]
+
+
+def in_lane(name: str, lane: str) -> str:
+    """The full name of a stage, or of a set of adapters, in a lane; the plain lane is ""."""
+    return f"{name}@{lane}" if lane else name
+
+
+def split_lane(name: str) -> tuple[str, str]:
+    """(name within the lane, lane) of a stage or a set of adapters."""
+    own, _, lane = name.partition("@")
+    return own, lane
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -19,6 +19,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def is_changed(section: Section, name: str) -> bool:
+    """Whether a value is not the default.
+
+    Unlike `model_fields_set`, this is the same when a written configuration, which has all keys, is loaded again.
+    """
+    return bool(getattr(section, name) != type(section).model_fields[name].get_default())
+
+
 def section_at(model: type[BaseModel], keys: tuple[str, ...]) -> type[BaseModel] | None:
     """The section class that sits at the dotted path `keys` below `model`, or None."""
     for key in keys:

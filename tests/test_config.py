@@ -58,11 +58,22 @@ BAD = [
     ("user.users=some", "user.users", "'all' or 'needed'"),
     ("group.num_experts=1", "group.num_experts", "greater than or equal to 2"),
     ("evaluation.methods=[proper,magic]", "evaluation.methods", "magic"),
+    ("recipes={RAG: {prompt: {num_retrieved: 0}}}", "recipes.RAG.prompt.num_retrieved", "greater than or equal to 1"),
+    ("recipes={RAG: {prompt: {top: 3}}}", "recipes.RAG.prompt.top", "unknown key.*num_retrieved"),
+    ("recipes={mine: {like: RAK}}", "recipes.mine.like", "Did you mean `RAG`"),
+    ("recipes={mine: {like: PLoRA}}", "recipes.mine", "nothing to change"),
+    ("recipes={mine: {like: RAG}}", "recipes.mine", "not evaluated"),
+    ("recipes={PAG: {prompt: {num_retrieved: 3}}}", "recipes.PAG.prompt.num_retrieved", "no effect without"),
+    ("recipes={a/b: {like: RAG}}", "recipes.a/b", "cannot name a method"),
     ("evaluation.methods=[proper,proper]", "evaluation.methods", "each once"),
     ("fleet.num_actors=many", "fleet.num_actors", "auto"),
     ("store.dtype=int4", "store.dtype", "'float32', 'bfloat16' or 'int8'"),
     ("data.path=null", "data.path", "not set.*data.path=FOLDER"),
-    ("evaluation.methods=[base,popluation,oppu]", "evaluation.methods", "'oppu', 'popluation' is not legal"),
+    (
+        "evaluation.methods=[base,popluation,oppu]",
+        "evaluation.methods",
+        "no method 'popluation', 'oppu'.*`population` for.*`OPPU` for",
+    ),
     ("population=3", "population", "Give a section of keys"),
     ("data.path=[]", "data.path", "not set.*data.path=FOLDER"),
     ("data.prepared=x", "data.prepared", "Keep one of the two"),
@@ -99,6 +110,16 @@ def test_options_without_effect_are_mistakes(load):
     assert "no effect without method proper-joint" in problems(load, "joint.max_users=5")["joint.max_users"]
     with_joint = "evaluation.methods=[proper,proper-joint]"
     assert load(GOOD, "joint.max_users=5", with_joint).joint.max_users == 5
+
+
+def test_sections_of_methods_that_are_not_asked_for_have_no_effect(load):
+    found = problems(
+        load, "pplug.temperature=0.2", "pplug.pooling=cls", "plora.user_vector_size=8", "merge.num_anchors=2"
+    )
+    assert "no effect without method PPlug" in found["pplug.temperature"]
+    assert "no effect without pplug.encoder" in found["pplug.pooling"]
+    assert "no effect without method PLoRA" in found["plora.user_vector_size"]
+    assert "more than merge.num_anchors 2" in found["merge.num_neighbours"]
 
 
 def test_stages_that_no_method_needs_contradict_nothing(load, tmp_path):

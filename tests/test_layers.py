@@ -19,6 +19,7 @@ BELOW = {
     "erasure": {"erasure", "evaluation", "training", "store", "model", "data"},
     "fleet": {"fleet", "distributed", "observe", "training"},
     "pipeline": None,
+    "study": None,
     "bench": None,
     "cli": None,
 }

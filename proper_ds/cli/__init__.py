@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from proper_ds import __version__
-from proper_ds.cli import base, bench, data, experts, plan, run, store
+from proper_ds.cli import base, bench, data, evaluate, experts, plan, report, run, store, study
 from proper_ds.errors import ProperError
 from proper_ds.observe.log import log_to_terminal
 
@@ -30,10 +30,14 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(base.app, name="base")
 app.add_typer(store.app, name="store")
+app.add_typer(report.app, name="report")
 app.add_typer(bench.app, name="bench")
 app.command("run")(run.run)
 app.command("check")(run.check)
 app.command("plan")(plan.plan)
+app.command("compare")(study.compare)
+app.command("sweep")(study.sweep)
+app.command("evaluate")(evaluate.evaluate)
 app.command("experts")(experts.experts)
 
 

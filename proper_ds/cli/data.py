@@ -1,4 +1,4 @@
-"""`proper-ds data prepare` and `proper-ds data generate`."""
+"""`proper-ds data`: prepare, generate and fetch data, and cut it by another protocol."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from proper_ds.data.config import DataConfig
 from proper_ds.data.generate import generate as generate_population
 from proper_ds.data.manifest import MANIFEST
 from proper_ds.data.prepare import prepare as prepare_data
+from proper_ds.data.prepared import PreparedData
 from proper_ds.errors import ConfigError, DataError
 from proper_ds.observe.progress import ProgressView
 from proper_ds.section import problems_of
@@ -23,15 +24,22 @@ app = typer.Typer(no_args_is_help=True, help="Bring people's data in, or generat
 def prepare(
     path: Annotated[list[str], typer.Argument(help="Folders or files in LaMP's format, JSONL or Parquet.")],
     out: Annotated[Path, typer.Option(help="Where to write the shards.")],
-    format: Annotated[str, typer.Option(help="auto, lamp, jsonl or parquet.")] = "auto",
+    format: Annotated[str, typer.Option(help="auto, lamp, jsonl, parquet, or a benchmark's.")] = "auto",
     task: Annotated[str | None, typer.Option(help="LaMP_1 .. LaMP_7 or generic, where the data does not say.")] = None,
     train_split: Annotated[str, typer.Option(help="The split that stages learn from.")] = "train",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set bad records aside instead of refusing.")] = False,
     skip_leaks: Annotated[bool, typer.Option("--skip-leaks", help="Set leaking questions aside, too.")] = False,
+    near_duplicates: Annotated[
+        str, typer.Option(help="Questions with a near copy in the user's history: refuse, set_aside or allow.")
+    ] = "set_aside",
+    tune_share: Annotated[float, typer.Option(help="Share of the training users that become split `tune`.")] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace prepared data that is there.")] = False,
     max_users_per_split: Annotated[int | None, typer.Option(help="Only the first so many users.")] = None,
 ) -> None:
-    """Check people's data and write one row a user into Parquet shards, the manifest last."""
+    """Check people's data and write one row a user into Parquet shards, the manifest last.
+
+    Benchmarks' own files are known as oppu, longlamp, peft-u and personal-llm.
+    """
     from pydantic import ValidationError
 
     if (out / MANIFEST).exists() and not overwrite:
@@ -45,6 +53,8 @@ def prepare(
                 "train_split": train_split,
                 "bad_records": "set_aside" if skip_bad else "refuse",
                 "leaks": "set_aside" if skip_leaks else "refuse",
+                "near_duplicates": near_duplicates,
+                "tune_share": tune_share,
                 "max_users_per_split": max_users_per_split,
             }
         )
@@ -77,3 +87,29 @@ def generate(
                 view.report("generated users", done, total)
     folders = sorted(path.name for path in out.iterdir() if path.is_dir())
     typer.echo(f"generated {users} users in {groups} groups: {', '.join(str(out / name) for name in folders)}")
+
+
+@app.command("oppu-split")
+def oppu_split(
+    prepared: Annotated[Path, typer.Argument(help="A folder written by `proper-ds data prepare`.")],
+    out: Annotated[Path, typer.Option(help="Where to write the new prepared folder.")],
+    top: Annotated[int, typer.Option(min=1, help="How many of the most active users to hold out.")] = 100,
+) -> None:
+    """OPPU's protocol: the most active users are the `test` users, all others teach the shared stages (`train`)."""
+    from proper_ds.data.protocols import hold_out_most_active
+
+    manifest, shortest = hold_out_most_active(PreparedData(prepared), out, top)
+    typer.echo(f"held out: {top} users with {shortest} or more history items: {out}")
+    for split, counts in manifest.splits.items():
+        typer.echo(f"split {split}: {counts['num_queries']} questions of {counts['num_users']} users")
+
+
+@app.command("oppu-profiles")
+def oppu_profiles(
+    path: Annotated[Path, typer.Argument(help="A folder of OPPU's files, with profile_user_100.json.")],
+    out: Annotated[Path, typer.Option(help="Where to write JSON lines of `user` and `profile`.")],
+) -> None:
+    """OPPU's profile texts as a file that a prompt recipe can read."""
+    from proper_ds.data.oppu import split_profiles
+
+    typer.echo(f"{split_profiles(path, out)} profiles: {out}")

@@ -25,9 +25,11 @@ def run(
     yaml: Yaml,
     overrides: Overrides = None,
     steps: Annotated[str | None, typer.Option(help="Only these, comma-separated: prepare,base,tokens,...")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Read test users for another configuration, too.")] = False,
 ) -> None:
     """Train and evaluate: every stage that is not done yet, then the report."""
     config = load_config(yaml, overrides or ())
+    from proper_ds.evaluation.test_reads import TestReads
     from proper_ds.pipeline.run import Run
     from proper_ds.run_folder import RunFolder
 
@@ -35,7 +37,8 @@ def run(
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = LOG_WIDTH
-    if Run(config, ProgressView(console)).run(steps.split(",") if steps else None):
+    reads = TestReads([config.output_path], again)
+    if Run(config, ProgressView(console), reads=reads).run(steps.split(",") if steps else None):
         show_report(config.output_path, console)
 
 
@@ -53,7 +56,7 @@ def show_report(folder: Path, console: Console) -> None:
     """Print the results table and where the report is."""
     import json
 
-    from proper_ds.evaluation.report_text import results_header, results_rows, title_of
+    from proper_ds.evaluation.report_rows import results_header, results_rows, title_of
 
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for task in report["tasks"]:

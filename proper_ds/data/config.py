@@ -17,6 +17,9 @@ def _as_list(value: object) -> object:
 
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
 Strictness = Literal["refuse", "set_aside"]
+NearStrictness = Literal["refuse", "set_aside", "allow"]
+TUNE = "tune"
+"""The split of users who are set apart from the training split for choices."""
 
 
 class DataConfig(Section):
@@ -26,7 +29,7 @@ class DataConfig(Section):
     """Folders or files in LaMP's format, JSONL or Parquet; each is one task. Leave empty when `prepared` is given."""
     prepared: str | None = None
     """A folder written by `proper-ds data prepare`, used as it is."""
-    format: Literal["auto", "lamp", "jsonl", "parquet"] = "auto"
+    format: Literal["auto", "lamp", "jsonl", "parquet", "oppu", "longlamp", "peft-u", "personal-llm"] = "auto"
     task: str | None = None
     """LaMP_1, LaMP_2M, LaMP_2N, LaMP_3 .. LaMP_7 or `generic`; needed only where the data does not say."""
     train_split: str = "train"
@@ -34,6 +37,11 @@ class DataConfig(Section):
     bad_records: Strictness = "refuse"
     leaks: Strictness = "refuse"
     """What to do with a question whose own item stands in the same user's history."""
+    near_duplicates: NearStrictness = "set_aside"
+    """What to do with a question of which a near copy stands in the same user's history, as question or as answer."""
+    tune_share: float = Field(default=0, ge=0, lt=1)
+    """This share of the training split's users, chosen by their keys, become split `tune`: choices (epochs, rank, which
+    router) can be made on them, so that dev users are looked at once. Their questions are not trained on."""
     max_users_per_split: int | None = Field(default=None, ge=1)
     """Use only the first so many users of each split: for trying things out."""
     num_users_per_shard: int = Field(default=10_000, ge=1)

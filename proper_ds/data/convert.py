@@ -6,12 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from proper_ds.data.config import TUNE, DataConfig
 from proper_ds.data.leaks import LeakGuard
-from proper_ds.data.problems import NOW_HISTORY, BadRecord, Complaint, Complaints
+from proper_ds.data.problems import LEAK, NEAR, NOW_HISTORY, BadRecord, Complaint, Complaints
 from proper_ds.data.records import HistoryItem, Query, User
 from proper_ds.data.rows import number_text, optional_text
 from proper_ds.data.staging import StagedProfile, StagedUser
 from proper_ds.data.tasks import Task
+from proper_ds.files import seed_of
 
 Kept = dict[tuple[int | str, ...], tuple[HistoryItem, set[str]]]
 """History items and the splits in whose profiles they stood, by source, content and number of repeats."""
@@ -28,10 +30,14 @@ class SourceTask:
 class Converter:
     """Makes users from staged ones; complains of what cannot be used and leaves it out."""
 
-    def __init__(self, tasks: list[SourceTask], train_split: str, complaints: Complaints) -> None:
+    def __init__(self, tasks: list[SourceTask], config: DataConfig, complaints: Complaints) -> None:
         self._tasks = tasks
-        self._train_split = train_split
+        self._config = config
         self._complaints = complaints
+        self.num_near_duplicates = 0
+        """Questions kept although a near copy stands in the user's history, as asked for."""
+        self.num_before_history = 0
+        """Questions outside the training split with a time before that of some item of the user's history."""
 
     def convert(self, staged: StagedUser) -> User:
         """The user, with history oldest first."""
@@ -52,15 +58,25 @@ class Converter:
                 continue
             leak = guard.find(source.task, source.instruction, question.input, answer)
             if leak is not None:
-                what, splits = leak
-                kind = "leak"
-                if question.split == self._train_split and question.split not in splits:
+                likeness, what, splits = leak
+                kind = LEAK if likeness == "same" else NEAR
+                if question.split == self._config.train_split and question.split not in splits:
                     kind, what = NOW_HISTORY, "a later split has it in the user's history, where it is taught"
-                self._complaints.add(Complaint(kind, question.file, question.record, question.id, what, staged.key))
-                continue
+                if kind == NEAR and self._config.near_duplicates == "allow":
+                    self.num_near_duplicates += 1
+                else:
+                    self._complaints.add(Complaint(kind, question.file, question.record, question.id, what, staged.key))
+                    continue
             name = source.task.name
-            user.queries.append(Query(question.id, question.split, name, question.input, answer, question.time))
+            split = self._split_of(staged.key, question.split)
+            user.queries.append(Query(question.id, split, name, question.input, answer, question.time))
+            if question.split != self._config.train_split:
+                self.num_before_history += _is_before(question.time, user.history)
         return user
+
+    def _split_of(self, user: str, split: str) -> str:
+        config = self._config
+        return TUNE if split == config.train_split and is_for_tuning(user, config.tune_share) else split
 
     def _add_profile(self, user: str, profile: StagedProfile, kept: Kept) -> None:
         task = self._tasks[profile.source].task
@@ -109,6 +125,21 @@ def _field(raw: dict[str, Any], name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRecord(f"`{name}` is {str(value)[:40]!r}, not a text")
     return number_text(value)
+
+
+def is_for_tuning(user: str, share: float) -> bool:
+    """Whether a user of the training split is set apart for choices: by the key alone, whatever else the data holds."""
+    return seed_of("tune", user) < share * 2**63
+
+
+def _is_before(time: str, history: list[HistoryItem]) -> bool:
+    """Whether a question is older than an item that it may be answered with; False where times are not known."""
+    if not time or not history or not all(item.time for item in history):
+        return False
+    try:
+        return any(float(item.time) > float(time) for item in history)
+    except ValueError:
+        return any(item.time > time for item in history)
 
 
 def _oldest_first(items: list[HistoryItem]) -> list[HistoryItem]:

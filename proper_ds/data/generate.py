@@ -52,6 +52,8 @@ ASPECTS = ("story", "acting", "music", "pictures", "pace", "ending")
 PRAISE = ("superb", "lovely", "strong", "a delight")
 BLAME = ("dull", "weak", "a mess", "awful")
 
+TRUTH = "groups.json"
+"""Beside a task's data: which group each user is of. Only the report reads it (evaluation/grouping.py)."""
 NUM_MENTIONED = 3
 NOISE = 0.05
 COLD_SHARE = 0.03
@@ -209,6 +211,8 @@ def generate(num_users: int, num_groups: int, seed: int, out: Path) -> Iterator[
                 ):
                     file = stack.enter_context((folder / f"{split}_{kind}.json").open("w", encoding="utf-8"))
                     lists[task.name, split, kind] = _JsonList(file, before, after)
+            truth = stack.enter_context((folder / TRUTH).open("w", encoding="utf-8"))
+            lists[task.name, "", TRUTH] = _JsonList(truth, "[\n", "\n]\n")
         for user in range(num_users):
             generator = np.random.default_rng([seed, 2, user])
             taste = user_taste(groups[user % num_groups], generator)
@@ -216,7 +220,9 @@ def generate(num_users: int, num_groups: int, seed: int, out: Path) -> Iterator[
             cold = generator.random() < COLD_SHARE
             for task in GENERATED:
                 length = 0 if cold else _history_length(generator)
-                questions, golds = _user_records(task, taste, f"g{user:07d}", length, generator)
+                key = f"g{user:07d}"
+                lists[task.name, "", TRUTH].add([key, user % num_groups])
+                questions, golds = _user_records(task, taste, key, length, generator)
                 for question, gold in zip(questions, golds, strict=True):
                     lists[task.name, split, "questions"].add(question)
                     lists[task.name, split, "outputs"].add(gold)

@@ -1,8 +1,10 @@
-"""The leak guard: finds questions whose own item stands in the same user's history."""
+"""The leak guard: finds questions whose own item, or a near copy of it, stands in the same user's history."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from typing import Literal
 
 from proper_ds.data.records import HistoryItem
 from proper_ds.data.tasks import Task, candidates, query_text
@@ -10,14 +12,75 @@ from proper_ds.data.tasks import Task, candidates, query_text
 MIN_TEXT_WORDS = 4
 """From here on an answer of a generic task is taken for text."""
 
+SHINGLE_WORDS = 5
+"""Near copies are found by the runs of so many words that two texts share."""
+MIN_SHINGLES = 8
+"""Texts with fewer runs (twelve words) are compared exactly only: in short ones, likeness is no sign of a copy."""
+NEAR_SHARE = 0.8
+"""A near copy shares at least this much of the runs of the shorter of the two texts."""
+
+Found = tuple[Literal["same", "near"], str, set[str]]
+"""Whether it is the same or a near copy, what leaks, and the splits in whose profiles that stands."""
+
 
 def squeezed(text: str) -> str:
     """Text as the guard compares it: case and white space do not matter."""
     return " ".join(text.casefold().split())
 
 
+def shingles(text: str) -> set[int]:
+    """Hashes of the runs of SHINGLE_WORDS words; punctuation does not part words, and is no part of them."""
+    words = ["".join(filter(str.isalnum, word)) for word in text.casefold().split()]
+    words = [word for word in words if word]
+    return {hash(tuple(words[n : n + SHINGLE_WORDS])) for n in range(len(words) - SHINGLE_WORDS + 1)}
+
+
+class _Copies:
+    """Texts of one user's history that are looked up by the runs of words they share with another text."""
+
+    def __init__(self) -> None:
+        self._texts: dict[tuple[str, str], set[str]] = {}
+        self._by_run: dict[int, list[int]] | None = None
+        self._sizes: list[int] = []
+
+    def add(self, task: str, text: str, splits: Iterable[str]) -> None:
+        """Keep one text."""
+        self._texts.setdefault((task, squeezed(text)), set()).update(splits)
+
+    def same(self, task: str, text: str) -> set[str] | None:
+        """The splits of the profiles that hold this very text, or None."""
+        return self._texts.get((task, squeezed(text)))
+
+    def near(self, task: str, text: str) -> tuple[str, set[str]] | None:
+        """(the nearest copy, splits of the profiles that hold near copies), or None."""
+        runs = shingles(text)
+        if len(runs) < MIN_SHINGLES:
+            return None
+        if self._by_run is None:
+            self._index()
+        assert self._by_run is not None
+        shared = Counter(position for run in runs for position in self._by_run.get(run, ()))
+        keys, splits, best = list(self._texts), set[str](), ("", 0.0)
+        for position, count in shared.items():
+            share = count / min(len(runs), self._sizes[position])
+            if keys[position][0] == task and share >= NEAR_SHARE:
+                splits |= self._texts[keys[position]]
+                best = max(best, (keys[position][1], share), key=lambda pair: pair[1])
+        return (best[0], splits) if best[1] else None
+
+    def _index(self) -> None:
+        """Made when first asked for: most users have short texts only."""
+        self._by_run = {}
+        for position, (_, text) in enumerate(self._texts):
+            runs = shingles(text)
+            self._sizes.append(len(runs))
+            if len(runs) >= MIN_SHINGLES:
+                for run in runs:
+                    self._by_run.setdefault(run, []).append(position)
+
+
 class LeakGuard:
-    """Compares one user's questions with that user's history.
+    """Compares one user's questions with that user's history, and with nobody else's.
 
     A question leaks when a history item of its task has the same input text, or, for text answers, the same answer.
     LaMP-1 names one of the user's own titles by design; there, a candidate that is a title of the history leaks.
@@ -26,28 +89,28 @@ class LeakGuard:
 
     def __init__(self, items: Iterable[tuple[HistoryItem, frozenset[str]]]) -> None:
         """Takes (item, splits in whose profiles it stood) pairs."""
-        self._texts: dict[tuple[str, str], set[str]] = {}
-        self._answers: dict[tuple[str, str], set[str]] = {}
+        self._inputs, self._answers = _Copies(), _Copies()
         for item, splits in items:
             if item.text:
-                self._texts.setdefault((item.task, squeezed(item.text)), set()).update(splits)
-            self._answers.setdefault((item.task, squeezed(item.answer)), set()).update(splits)
+                self._inputs.add(item.task, item.text, splits)
+            self._answers.add(item.task, item.answer, splits)
 
-    def find(self, task: Task, instruction: str, question: str, answer: str | None) -> tuple[str, set[str]] | None:
-        """(what leaks, splits of the profiles it stands in), or None."""
+    def find(self, task: Task, instruction: str, question: str, answer: str | None) -> Found | None:
+        """What leaks, the same before near copies, or None."""
         if task.lamp_id == "LaMP_1":
-            for title in candidates(question) or ():
-                splits = self._texts.get((task.name, squeezed(title)))
-                if splits:
-                    return f"candidate title {title[:60]!r} is in the user's history", splits
-            return None
-        text = squeezed(query_text(task, question, instruction))
-        splits = self._texts.get((task.name, text))
-        if splits:
-            return "the same input text is in the user's history", splits
-        is_label = task.lamp_id == "generic" and answer is not None and len(answer.split()) < MIN_TEXT_WORDS
-        if task.kind == "generation" and answer and not is_label:
-            splits = self._answers.get((task.name, squeezed(answer)))
-            if splits:
-                return "the same answer is in the user's history", splits
+            compared = [
+                (self._inputs, title, f"candidate title {title[:60]!r}") for title in candidates(question) or ()
+            ]
+        else:
+            compared = [(self._inputs, query_text(task, question, instruction), "input text")]
+            is_label = task.lamp_id == "generic" and answer is not None and len(answer.split()) < MIN_TEXT_WORDS
+            if task.kind == "generation" and answer and not is_label:
+                compared.append((self._answers, answer, "answer"))
+        for copies, text, what in compared:
+            if splits := copies.same(task.name, text):
+                the_same = what if what.startswith("candidate") else f"the same {what}"
+                return "same", f"{the_same} is in the user's history", splits
+        for copies, text, what in compared:
+            if near := copies.near(task.name, text):
+                return "near", f"a near copy of the {what} is in the user's history: {near[0][:60]!r}", near[1]
         return None

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from proper_ds.data.records import User
 from proper_ds.data.tasks import Kind, Task
 from proper_ds.errors import DataError
 from proper_ds.files import write_text_atomic
@@ -25,6 +27,7 @@ class TaskManifest:
     Attributes:
         history_prompts: (before, after) the text of a history item, by the item's `prompt` index.
         generated: whether the data set says that it was generated, not collected.
+        form: the task of `tasks.TASKS` that it has the form of; "" in folders that earlier versions prepared.
     """
 
     name: str
@@ -36,6 +39,7 @@ class TaskManifest:
     metrics: tuple[str, ...]
     max_new_tokens: int
     generated: bool = False
+    form: str = ""
 
     @classmethod
     def of(cls, task: Task, instruction: str, generated: bool) -> TaskManifest:
@@ -54,6 +58,7 @@ class TaskManifest:
             task.metrics,
             task.max_new_tokens,
             generated,
+            task.form,
         )
 
     @classmethod
@@ -92,6 +97,10 @@ class Manifest:
     """Rows that only keep a place: users who are forgotten, or no longer in the data. Part of `num_users`."""
     num_forgotten: int = 0
     """Users of the sources that were left out because they are forgotten."""
+    num_near_duplicates: int = 0
+    """Questions kept although a near copy stands in their user's history: data.near_duplicates=allow."""
+    num_before_history: int = 0
+    """Questions outside the training split that are older than some item of their user's history."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
@@ -116,3 +125,29 @@ class Manifest:
         raw["tasks"] = {name: TaskManifest.from_json(task) for name, task in raw["tasks"].items()}
         raw["shards"] = [Shard(**shard) for shard in raw["shards"]]
         return cls(**raw)
+
+
+class Counts:
+    """Counts users, items and questions while they are written."""
+
+    def __init__(self) -> None:
+        self.num_users = self.num_cold = self.num_items = self.num_empty = 0
+        self._users: dict[str, int] = defaultdict(int)
+        self._queries: dict[str, int] = defaultdict(int)
+
+    def add(self, user: User) -> None:
+        """One more user."""
+        self.num_users += 1
+        if not user.history and not user.queries:
+            self.num_empty += 1
+            return
+        self.num_cold += user.is_cold
+        self.num_items += len(user.history)
+        for split in {query.split for query in user.queries}:
+            self._users[split] += 1
+        for query in user.queries:
+            self._queries[query.split] += 1
+
+    def splits(self) -> dict[str, dict[str, int]]:
+        """See Manifest."""
+        return {split: {"num_users": n, "num_queries": self._queries[split]} for split, n in self._users.items()}

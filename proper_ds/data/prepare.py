@@ -6,7 +6,6 @@ Called by the command line and by a run's first stage. Memory does not grow with
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,8 @@ from proper_ds.data.config import DataConfig
 from proper_ds.data.convert import Converter, SourceTask
 from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.instruction import SharedBeginning
-from proper_ds.data.manifest import MANIFEST, Manifest, TaskManifest
+from proper_ds.data.manifest import MANIFEST, Counts, Manifest, TaskManifest
 from proper_ds.data.problems import NOW_HISTORY, Complaints
-from proper_ds.data.records import User
 from proper_ds.data.shards import ShardWriter
 from proper_ds.data.sources import Source, find_sources
 from proper_ds.data.staging import Staging
@@ -84,8 +82,8 @@ def prepare(
         tasks = _stage(sources, staging, complaints, progress, known.instructions)
         if config.max_users_per_split is None:
             staging.complain_of_unused_golds()
-        converter = Converter(tasks, config.train_split, complaints)
-        counts = _Counts()
+        converter = Converter(tasks, config, complaints)
+        counts = Counts()
         with ShardWriter(out, config.num_users_per_shard) as writer:
             for done, staged in enumerate(staging.users(), start=1):
                 user = converter.convert(staged)
@@ -114,14 +112,27 @@ def prepare(
         set_aside={NOW_HISTORY: 0} | dict(complaints.counts),
         num_empty=counts.num_empty,
         num_forgotten=staging.num_kept_out,
+        num_near_duplicates=converter.num_near_duplicates,
+        num_before_history=converter.num_before_history,
     )
+    _warn_of_history(manifest)
     manifest.write(out)
     return manifest
 
 
+def _warn_of_history(manifest: Manifest) -> None:
+    """Say how many questions are easier than they should be, by what stands in their users' histories."""
+    log = logging.getLogger("proper_ds")
+    if manifest.num_near_duplicates:
+        log.warning("%d questions have a near copy in their user's history", manifest.num_near_duplicates)
+    if manifest.num_before_history:
+        text = "%d questions are older than some item of their user's history, which methods will use to answer them"
+        log.warning(text, manifest.num_before_history)
+
+
 def _settle(complaints: Complaints, config: DataConfig, out: Path) -> None:
     try:
-        complaints.settle(config.bad_records, config.leaks)
+        complaints.settle(config.bad_records, config.leaks, config.near_duplicates)
     except DataError as error:
         for shard in out.glob("users-*.parquet"):
             shard.unlink()
@@ -167,25 +178,3 @@ def _stage(
             )
         tasks.append(SourceTask(task, words))
     return tasks
-
-
-class _Counts:
-    def __init__(self) -> None:
-        self.num_users = self.num_cold = self.num_items = self.num_empty = 0
-        self._users: dict[str, int] = defaultdict(int)
-        self._queries: dict[str, int] = defaultdict(int)
-
-    def add(self, user: User) -> None:
-        self.num_users += 1
-        if not user.history and not user.queries:
-            self.num_empty += 1
-            return
-        self.num_cold += user.is_cold
-        self.num_items += len(user.history)
-        for split in {query.split for query in user.queries}:
-            self._users[split] += 1
-        for query in user.queries:
-            self._queries[query.split] += 1
-
-    def splits(self) -> dict[str, dict[str, int]]:
-        return {split: {"num_users": n, "num_queries": self._queries[split]} for split, n in self._users.items()}

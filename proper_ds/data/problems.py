@@ -9,10 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from proper_ds.data.config import Strictness
+from proper_ds.data.config import NearStrictness, Strictness
 from proper_ds.errors import DataError
 
 NUM_SHOWN = 10
+BAD, LEAK, NEAR = "bad", "leak", "near_duplicate"
+"""Kinds of complaint that may be refused."""
 NOW_HISTORY = "queries_now_history"
 """Kind of complaint, never refused: training questions that a later split's history of the same user holds already."""
 
@@ -26,7 +28,7 @@ class Complaint:
     """One record that cannot be used.
 
     Attributes:
-        kind: `bad` or `leak`, which may be refused, or NOW_HISTORY.
+        kind: BAD, LEAK or NEAR, which may be refused, or NOW_HISTORY.
         record: position in the file, from 1; 0 where the file as a whole is meant.
         user: whose record it is, "" where that could not be read.
     """
@@ -80,18 +82,21 @@ class Complaints:
             first.append(complaint)
         self._file.write(json.dumps(asdict(complaint), ensure_ascii=False) + "\n")
 
-    def settle(self, bad: Strictness, leaks: Strictness) -> None:
+    def settle(self, bad: Strictness, leaks: Strictness, near: NearStrictness) -> None:
         """Raise DataError when there were complaints of a kind that is to be refused."""
         texts = []
-        if self.counts["bad"] and bad == "refuse":
+        if self.counts[BAD] and bad == "refuse":
             texts.append(
                 self._text(
-                    "bad", "bad record", "Mend them, or go on without them: --skip-bad (data.bad_records=set_aside)."
+                    BAD, "bad record", "Mend them, or go on without them: --skip-bad (data.bad_records=set_aside)."
                 )
             )
-        if self.counts["leak"] and leaks == "refuse":
+        if self.counts[LEAK] and leaks == "refuse":
             mend = "Mend the data, or go on without these questions: --skip-leaks (data.leaks=set_aside)."
-            texts.append(self._text("leak", "question whose answer stands in the same user's history", mend))
+            texts.append(self._text(LEAK, "question whose answer stands in the same user's history", mend))
+        if self.counts[NEAR] and near == "refuse":
+            mend = "Mend the data, or go on: data.near_duplicates=set_aside (without these questions) or =allow (with)."
+            texts.append(self._text(NEAR, "question with a near copy in the same user's history", mend))
         if texts:
             raise DataError("\n".join(texts))
 

@@ -5,12 +5,17 @@ Every method and stage builds its prompts here, so that what is trained on is wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.records import HistoryItem
 from proper_ds.errors import DataError
+
+CACHED_TEXTS = 4096
+"""Texts whose number of tokens is remembered: items of a user are retrieved many times."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,29 @@ class PromptEncoder:
         self.eos = int(tokenizer.eos_token_id)
         self._suffix_text = suffix
         self._suffix = self._plain(suffix)
+        self._num_special = len(self._head("a")) - len(self._plain("a"))
+        self.count: Callable[[str], int] = lru_cache(CACHED_TEXTS)(lambda text: len(self._plain(text)))
 
     def _plain(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _head(self, text: str) -> list[int]:
+        """A text at the beginning of an example."""
+        head = list(self._tokenizer(text)["input_ids"])
+        if len(head) > 1 and head[-1] == self.eos:
+            head.pop()  # some tokenizers end every text by themselves
+        return head
+
+    def room(self, num_reserved: int) -> int:
+        """How many tokens a prompt's text may have if `num_reserved` are kept for the answer."""
+        return self.max_length - len(self._suffix) - num_reserved - self._num_special
+
+    def cut(self, text: str, num_tokens: int) -> str:
+        """The text, or as much of its beginning as `num_tokens` tokens hold."""
+        if self.count(text) <= num_tokens:
+            return text
+        kept = self._plain(text)[: max(0, num_tokens)]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=True)).rstrip("\ufffd")  # half a character
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer as it is tokenised after the suffix, with the end token.
@@ -61,9 +86,7 @@ class PromptEncoder:
         Raises:
             DataError: when the answer alone leaves no room for a prompt.
         """
-        head = list(self._tokenizer(text)["input_ids"])
-        if len(head) > 1 and head[-1] == self.eos:
-            head.pop()  # some tokenizers end every text by themselves
+        head = self._head(text)
         room = self.max_length - len(self._suffix) - num_reserved
         if room < 1:
             raise DataError(

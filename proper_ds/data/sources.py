@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from proper_ds.data.benchmarks import BENCHMARKS
 from proper_ds.data.config import DataConfig
 from proper_ds.data.files import stem_of
 from proper_ds.data.readers import (
@@ -62,6 +63,8 @@ class Source:
         for file, split in self.questions:
             if self.format == "lamp":
                 yield from read_lamp_questions(file, split or "train", complain)
+            elif self.format in BENCHMARKS:
+                yield from BENCHMARKS[self.format].read(file, split or "train", self.info, complain)
             elif self.format == "jsonl":
                 yield from read_jsonl(file, split, complain)
             else:
@@ -88,6 +91,9 @@ def find_sources(config: DataConfig) -> list[Source]:
 
 def _find_source(path: Path, config: DataConfig) -> Source:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
+    benchmark = _benchmark_source(path, files, config)
+    if benchmark is not None:
+        return benchmark
     found = _guess_format(files) if config.format == "auto" else config.format
     if found is None:
         inside = [child.name for child in files if child.is_dir() and _guess_format(sorted(child.iterdir()))]
@@ -97,7 +103,7 @@ def _find_source(path: Path, config: DataConfig) -> Source:
             " For a folder written by `data prepare` use data.prepared."
         )
     folder = path if path.is_dir() else path.parent
-    info = _read_info(folder / "info.json")
+    info = read_info(folder / "info.json")
     if found == "lamp":
         return _lamp_source(path, files, info, config.task)
     ending = ".jsonl" if found == "jsonl" else ".parquet"
@@ -107,6 +113,20 @@ def _find_source(path: Path, config: DataConfig) -> Source:
     questions = tuple((file, split_of(file)) for file in chosen)
     declared = config.task or str(info.get("task", "generic"))
     return Source(path, found, questions, (), info, declared)
+
+
+def _benchmark_source(path: Path, files: list[Path], config: DataConfig) -> Source | None:
+    """The files of another benchmark in its own form, or None where they are not."""
+    asked = config.format
+    for name in BENCHMARKS if asked == "auto" else [asked]:
+        found = BENCHMARKS[name].find(files) if name in BENCHMARKS else None
+        if found is not None:
+            info = found.info | read_info((path if path.is_dir() else path.parent) / "info.json")
+            declared = config.task or str(info.get("task", found.task))
+            return Source(path, name, found.questions, found.golds, info, declared)
+    if asked in BENCHMARKS:
+        raise DataError(f"data.path {path} holds no {BENCHMARKS[asked].files}, which data.format={asked} asks for")
+    return None
 
 
 def split_of(file: Path) -> str | None:
@@ -153,7 +173,8 @@ def _lamp_source(path: Path, files: list[Path], info: dict[str, Any], task: str 
     return Source(path, "lamp", tuple(questions), tuple(golds), info, str(declared))
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def read_info(path: Path) -> dict[str, Any]:
+    """A data set's info.json, or {} where there is none. Raises DataError for a broken one or a misspelt key."""
     if not path.exists():
         return {}
     try:

@@ -49,6 +49,7 @@ class Task:
         labels: the closed label set, or None.
         retrieval_fields: fields of a history item that are searched, joined by spaces.
         max_new_tokens: for generated answers.
+        form: the name it has in TASKS, whatever a data set calls it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task:
     labels: tuple[str, ...] | None = None
     retrieval_fields: tuple[str, ...] = ("text",)
     max_new_tokens: int = 64
+    form: str = ""
 
     def pair_of(self, item: Mapping[str, Any]) -> int:
         """Index of the pair that fits a raw history item. Raises BadRecord when none does."""
@@ -96,9 +98,10 @@ SCORES = ("1", "2", "3", "4", "5")
 CHOICES = ("[1]", "[2]")
 _CLASS = ("accuracy", "f1_macro")
 _ROUGE = ("rouge-1", "rouge-L")
+_LONG = ("rouge-1", "rouge-L", "meteor-stem")
 
 TASKS = {
-    task.name: task
+    task.name: replace(task, form=task.name)
     for task in (
         Task(
             "LaMP_1", "LaMP_1", "classification",
@@ -148,6 +151,23 @@ TASKS = {
             # LaMP's own items hold the person's text alone: OPPU then learns to write it from nothing.
             (Pair("text", "original"), Pair("text", None, "tweet:", instruction=False)),
             _ROUGE, None, ("text",), 96,
+        ),
+        # LongLaMP: `longlamp.py` makes `text` and `output` of a history item, in the wording of the questions.
+        Task(
+            "LongLaMP_abstract", "LongLaMP_abstract", "generation",
+            "Generate an abstract for the title ", "for the title ",
+            (Pair("output", "text"),), _LONG, None, ("text", "output"), 400,
+        ),
+        Task(
+            "LongLaMP_topic", "LongLaMP_topic", "generation",
+            "Generate the content for a reddit post ", "reddit post ",
+            (Pair("output", "text"),), _LONG, None, ("text", "output"), 512,
+        ),
+        Task(
+            "LongLaMP_review", "LongLaMP_review", "generation",
+            "Generate the review text written by a reviewer who has a given an overall rating of ",
+            "overall rating of ",
+            (Pair("output", "text"),), _LONG, None, ("text", "output"), 512,
         ),
         Task(
             "generic", "generic", "generation", "", "", (Pair("output", "input"),), _ROUGE, None, ("input",), 96,

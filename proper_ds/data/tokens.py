@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.mapped import MappedRows
 from proper_ds.data.prepared import PreparedData
-from proper_ds.data.prompts import Encoded, PromptEncoder, history_prompt
+from proper_ds.data.prompt_maker import PromptMaker
+from proper_ds.data.prompts import Encoded, PromptEncoder
+from proper_ds.data.recipe import PromptRecipe
 from proper_ds.data.records import User
 from proper_ds.files import atomic_path, write_json_atomic
 
@@ -111,6 +112,7 @@ def tokenize(
     train_split: str,
     max_new_tokens: int | None,
     progress: Progress = lambda what, done, total: None,
+    maker: PromptMaker | None = None,
 ) -> None:
     """Write the tokenised examples of every user; `tokens.json` is the last write.
 
@@ -118,12 +120,14 @@ def tokenize(
         train_split: only this split's questions carry their answers; all others are prompts that know no gold.
         max_new_tokens: room that prompts leave for generated answers; None for what their task says.
         progress: called with (what, done, total).
+        maker: makes the prompts; None for plain ones.
 
     Raises:
         DataError: for answers that do not fit, and labels the tokenizer cannot tell apart.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest = prepared.manifest
+    maker = maker or PromptMaker(PromptRecipe(), manifest.tasks, encoder)
     names, splits = list(manifest.tasks), sorted(manifest.splits)
     labels = {name: encoder.label_ids(task) for name, task in manifest.tasks.items()}
     room = {
@@ -133,7 +137,7 @@ def tokenize(
     writer, first, num_cut, num_tokens = _Writer(folder), [0], 0, 0
     for index, user in enumerate(prepared.users()):
         count = 0
-        for row, encoded in _examples(user, manifest.tasks, encoder, room, train_split):
+        for row, encoded in _examples(user, maker, encoder, room, train_split):
             row |= {"user": index, "task": names.index(row["task"])}
             row["split"] = splits.index(row["split"]) if row["split"] is not None else -1
             row |= {"num_prompt": encoded.num_prompt, "num_tokens": len(encoded.ids), "input_ids": encoded.ids}
@@ -156,23 +160,27 @@ def tokenize(
         "num_examples": first[-1],
         "num_tokens": num_tokens,
         "num_cut": num_cut,
+        "num_bare": maker.num_bare,
         "max_length": encoder.max_length,
     }
     write_json_atomic(folder / MARKER, marker)
 
 
 def _examples(
-    user: User, tasks: dict[str, TaskManifest], encoder: PromptEncoder, room: dict[str, int], train_split: str
+    user: User, maker: PromptMaker, encoder: PromptEncoder, room: dict[str, int], train_split: str
 ) -> Iterator[tuple[dict[str, Any], Encoded]]:
     for position, item in enumerate(user.history):
         row = {"kind": HISTORY, "split": None, "task": item.task, "position": position, "has_answer": True}
-        yield row, encoder.encode(history_prompt(tasks[item.task], item), item.answer)
+        num_reserved = len(encoder.answer_ids(item.answer))
+        yield row, encoder.encode(maker.history(user, position, num_reserved), item.answer)
     for position, query in enumerate(user.queries):
         row = {"kind": QUERY, "split": query.split, "task": query.task, "position": position}
         if query.split == train_split and query.answer is not None:
-            yield row | {"has_answer": True}, encoder.encode(query.input, query.answer)
+            num_reserved = len(encoder.answer_ids(query.answer))
+            yield row | {"has_answer": True}, encoder.encode(maker.query(user, position, num_reserved), query.answer)
         else:
-            yield row | {"has_answer": False}, encoder.question(query.input, room[query.task])
+            text = maker.query(user, position, room[query.task])
+            yield row | {"has_answer": False}, encoder.question(text, room[query.task])
 
 
 class TokenData:

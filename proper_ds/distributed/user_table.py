@@ -2,7 +2,7 @@
 
 A rank asks the owners for the lines of its micro-batch, and sends their gradients back after the backward pass. Each
 line has AdamW moments and a step counter of its own, so a step costs what its lines cost, and a user who is not in a
-step is not moved by it (methods.md 7, row 15). Used by the group stage.
+step is not moved by it (methods.md 7, row 15). Used by the group stage and by PLoRA.
 Shapes: L lines asked for, S lines held here, W width of a line, R rows.
 """
 
@@ -37,13 +37,29 @@ class _Lookup:
 class ShardedTable:
     """See the module's docstring; trained apart from DeepSpeed (`Apart`)."""
 
-    def __init__(self, num_lines: int, width: int, seed: int, ranks: Ranks, settings: AdamSettings) -> None:
-        """Rank r holds lines `r C` up to `(r + 1) C`, C the lines divided by the ranks, rounded up."""
+    def __init__(
+        self,
+        num_lines: int,
+        width: int,
+        seed: int,
+        ranks: Ranks,
+        settings: AdamSettings,
+        *,
+        spread: float = 1.0,
+        rate_ratio: float = 1.0,
+    ) -> None:
+        """Rank r holds lines `r C` up to `(r + 1) C`, C the lines divided by the ranks, rounded up.
+
+        Args:
+            spread: standard deviation of the initial lines.
+            rate_ratio: how many times the engine's learning rate the table learns with.
+        """
         self._ranks, self._settings, self._num_lines = ranks, settings, num_lines
         self._per_rank = -(-num_lines // ranks.num_ranks)
         start = min(num_lines, ranks.rank * self._per_rank)
         self._held = range(start, min(num_lines, start + self._per_rank))
-        self._weight_SW = initial_lines(self._held.start, self._held.stop, width, seed).to(ranks.device)
+        self._weight_SW = spread * initial_lines(self._held.start, self._held.stop, width, seed).to(ranks.device)
+        self._rate_ratio = rate_ratio
         self._moments = [torch.zeros_like(self._weight_SW) for _ in range(2)]
         self._num_steps_S = torch.zeros(len(self._held), device=ranks.device)
         self._lookups: list[_Lookup] = []
@@ -84,6 +100,7 @@ class ShardedTable:
 
     def step(self, learning_rate: float, factor: float) -> None:
         """See Apart: AdamW on the lines that were asked for."""
+        learning_rate = learning_rate * self._rate_ratio
         own, grads_LW, s = self._lines - self._held.start, self._grads_LW * factor, self._settings
         self._num_steps_S[own] += 1
         steps_L1 = self._num_steps_S[own].unsqueeze(1)

@@ -22,7 +22,8 @@ from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
 from proper_ds.erasure.rows import Taken
 from proper_ds.erasure.scan import Scan, scan
 from proper_ds.errors import UserError
-from proper_ds.evaluation.results import read_predictions, write_lamp_files
+from proper_ds.evaluation.answers import read_answers
+from proper_ds.evaluation.results import write_lamp_files
 from proper_ds.files import write_json_atomic
 from proper_ds.run_folder import RunFolder, StageFolder, stage_of
 from proper_ds.store.elsewhere import location_of, open_store
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 FOLDER, PENDING = "forgotten", "pending.json"
-BY_PLACE = ("tokens", "features", "predictions")
+BY_PLACE = ("tokens", "features", "predictions", "embeddings", "profiles")
 """Stages that know users by index alone."""
 OUT_OF_REACH = (
     "Not searched: Ray's own logs (its temporary folder on each node, the driver log of a job), output of the terminal"
@@ -148,7 +149,11 @@ class _Work:
         """Results moved aside: what knows users by place goes as a whole, as those places are not known any more."""
         for path in sorted((self.run.root / "superseded").glob("*")):
             name = stage_of(path)
-            if name in BY_PLACE or rows.has_tables(path) or (name == "prepared" and not rows.is_prepared(path)):
+            if (
+                name.startswith(BY_PLACE)
+                or rows.has_tables(path)
+                or (name == "prepared" and not rows.is_prepared(path))
+            ):
                 self.note("superseded results", rows.delete(path))
             elif name == "prepared":
                 self.note("superseded prepared data", rows.erase_prepared(path, self.keys, self.mentions))
@@ -178,8 +183,12 @@ class _Work:
     def retire(self) -> None:
         """Move aside what was made from data in another order, as the next run would."""
         order = self._order()
-        for name in [*BY_PLACE, *(f"group/{path.name}" for path in self.run.root.glob("group/*"))]:
-            place = self.run.stage(name)
+        level_folders = [self.run.stage(f"group/{path.name}") for path in self.run.root.glob("group/*")]
+        level_folders += self.run.in_all_lanes("plora")
+        by_place = [
+            place for name in ("tokens", "features", "embeddings", "profiles") for place in self.run.in_all_lanes(name)
+        ]
+        for place in [*by_place, *self.run.predictions(), *level_folders]:
             found = place.inputs() or place.begun()
             if found is not None and found.get("made_from", {}).get("order", order) != order:
                 place.begin("retired")
@@ -191,16 +200,22 @@ class _Work:
 
     def stages(self) -> None:
         """What stages derived from the users' data, known by their places."""
-        run, features = self.run, self.run.stage("features").path
-        self.note("features", rows.erase_features(features, self.indices))
-        predictions = run.stage("predictions")
-        if predictions.inputs() is None and predictions.path.exists():
-            self.note("predictions", rows.delete(predictions.path))  # its units would be cut otherwise now
-        self.note("predictions", rows.erase_predictions(predictions.path, self.indices))
-        if predictions.inputs() is not None:
-            self._write_lamp_files(predictions)
-        for folder in ("group", "router", "store"):  # later stages save the level that they go on from
-            for path in sorted(run.root.glob(f"{folder}/*/level.safetensors")):
+        run = self.run
+        for features in run.in_all_lanes("features"):
+            self.note("features", rows.erase_features(features.path, self.indices))
+        for profiles in run.in_all_lanes("profiles"):
+            self.note("profiles by a model", rows.erase_predictions(profiles.path, self.indices))
+        for embeddings in run.in_all_lanes("embeddings"):
+            self.note("embeddings", rows.erase_embeddings(embeddings.path, self.indices))
+        for predictions in run.predictions():
+            if predictions.inputs() is None:
+                self.note("predictions", rows.delete(predictions.path))  # its units would be cut otherwise now
+            else:
+                self.note("predictions", rows.erase_predictions(predictions.path, self.indices))
+                self._write_lamp_files(predictions)
+        # later stages save the level that they go on from
+        for folder in ("group/*", "router/*", "store/*", "plora", "plora@*"):
+            for path in sorted(run.root.glob(f"{folder}/level.safetensors")):
                 self.note("user tables", rows.erase_table_lines(path, self.indices))
         for path in [
             *run.root.glob(CHECKPOINT),
@@ -208,18 +223,16 @@ class _Work:
             *run.root.glob(f"*/*/{CHECKPOINT}"),
         ]:
             self.note("checkpoints of unfinished stages", rows.delete(path))
-        tokens = run.stage("tokens")
-        if tokens.inputs() is None and tokens.path.exists():
-            self.note("tokens", rows.delete(tokens.path))
-        self.note("tokens", rows.erase_tokens(tokens.path, self.indices))
+        for tokens in run.in_all_lanes("tokens"):
+            if tokens.inputs() is None:
+                self.note("tokens", rows.delete(tokens.path))
+            else:
+                self.note("tokens", rows.erase_tokens(tokens.path, self.indices))
 
     def _write_lamp_files(self, predictions: StageFolder) -> None:
-        done = predictions.inputs()
-        assert done is not None
-        if not all((predictions.path / method).exists() for method in done["settings"]["methods"]):
-            return  # the report has not been made
         tasks = Manifest.read(self.context.prepared_path).tasks
-        write_lamp_files(read_predictions(predictions.path), tasks, done["settings"]["methods"], predictions.path)
+        if all((predictions.path / "lamp" / f"{task}.json").exists() for task in tasks):  # else there is no report yet
+            write_lamp_files(read_answers(predictions.path), tasks, predictions.path)
 
     def words(self) -> None:
         """Lines that speak of the users."""
@@ -266,9 +279,11 @@ def _drop_foreign(run: RunFolder, traces: Traces) -> int:
     That those rows are empty is read back by key and by place, not by these traces.
     """
     num_foreign = 0
-    for kind, folder in (("text", "prepared"), ("tokens", "tokens"), ("features", "features")):
+    for kind in ("text", "tokens", "features", "embeddings"):
+        name = "prepared" if kind == "text" else kind
         sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind.get(kind, []))}
-        foreign = {number for _, number in scan(run.root / folder, [], sought).found}
+        first, *lanes = [run.root / name, *(place.path for place in run.in_all_lanes(name) if place.name != name)]
+        foreign = {number for _, number in scan(first, [], sought, lanes).found}
         traces.by_kind[kind] = [trace for number, (trace,) in sought.items() if number not in foreign]
         num_foreign += len(foreign)
     return num_foreign

@@ -22,6 +22,7 @@ from proper_ds.store.elsewhere import all_stores, open_store
 from proper_ds.store.index import STORED
 from proper_ds.store.packs import PackHeader, read_header, read_unchecked
 from proper_ds.store.store import AdapterStore
+from proper_ds.training.embeddings import EmbeddingData
 from proper_ds.training.features import FeatureData
 
 MIN_TEXT_BYTES, MIN_TOKENS, ROW_BYTES, NUM_OF_A_KIND = 24, 16, 64, 8
@@ -34,7 +35,7 @@ MAX_TOLD = 20
 
 
 class Traces:
-    """Bytes that nobody but the users has written into the run, by kind: `text`, `tokens`, `features`, `adapter`.
+    """Bytes that nobody but the users has written into the run, by kind: `text`, `tokens`, `adapter` and so on.
 
     Attributes:
         by_kind: those to look for, no more than MAX_SOUGHT of a kind.
@@ -127,18 +128,23 @@ def traces_of(run: RunFolder, places: dict[str, int], keys: Sequence[str]) -> Tr
         texts = [item.text for item in user.history] + [query.input for query in user.queries]
         texts += [item.answer for item in user.history]
         traces.add("text", [text.encode() for text in texts if len(text.encode()) >= MIN_TEXT_BYTES])
-    if run.stage("tokens").inputs() is not None:
-        tokens = TokenData(run.stage("tokens").path)
+    for place in (place for place in run.in_all_lanes("tokens") if place.inputs() is not None):
+        tokens = TokenData(place.path)
         for index in places.values():
             rows = tokens.examples_of(*tokens.range_of(index)) if index < tokens.num_users else []
             long = [row.ids.astype(np.int32).tobytes() for row in rows if len(row.ids) >= MIN_TOKENS and row.ids.any()]
             traces.add("tokens", long)
-    if run.stage("features").inputs() is not None:
-        features = FeatureData(run.stage("features").path)
+    for place in (place for place in run.in_all_lanes("features") if place.inputs() is not None):
+        features = FeatureData(place.path)
         for index in places.values():
             if features.has(index):
                 rows_IF = features.items(index).contiguous().numpy()
                 traces.add("features", [row.tobytes()[:ROW_BYTES] for row in rows_IF])
+    for place in (place for place in run.in_all_lanes("embeddings") if place.inputs() is not None):
+        embeddings = EmbeddingData(place.path)
+        for own in (embeddings.user(index) for index in places.values() if embeddings.has(index)):
+            parts = (own.keys_IE, own.values_IE, own.queries_QE)
+            traces.add("embeddings", [row.tobytes()[:ROW_BYTES] for part in parts for row in part.numpy()])
     for path in stores_of(run):
         for found in _adapters(open_store(path), keys):
             traces.add("adapter", found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import numpy as np
 from proper_ds.data.sources import find_sources
 from proper_ds.data.tokens import HISTORY, QUERY
 from proper_ds.errors import ProperError
-from proper_ds.evaluation.methods import needs_of
+from proper_ds.evaluation.methods import LaneNeeds, needs_of
 from proper_ds.model.presets import preset_of
+from proper_ds.run_folder import in_lane
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import router_users, training_users
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 RETRAIN = (
     "These hold nothing of one user apart from the others, but were learned from their items too. To take that out:"
-    " remove the folders base (where the run has one), tokens, population, features, group, store, router and"
-    " predictions from the run, and run it again; forgotten users stay left out."
+    " remove the folders base (where the run has one), tokens, population, features, embeddings, group, store,"
+    " router, pplug, plora and predictions from the run, and run it again; forgotten users stay left out."
 )
 
 
@@ -33,9 +35,17 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
     config, folder, found = context.config, context.folder, dict[str, Any]()
     if config.base.create is not None and (done := folder.stage("base").inputs()):
         found["base"] = {"made": done["finished"], "note": "tokenizer and model were made from all prepared texts"}
-    if folder.stage("tokens").inputs() is None or not users:
-        return found
-    tokens, split, needs = context.tokens, config.data.train_split, needs_of(config.evaluation.methods)
+    for lane in needs_of(config).lanes:
+        there = replace(context, lane=lane.recipe.lane)
+        if there.stage("tokens").inputs() is not None and users:
+            found |= _learned_in(there, lane, users)
+    return found
+
+
+def _learned_in(context: RunContext, needs: LaneNeeds, users: Collection[int]) -> dict[str, Any]:
+    """The same for one lane."""
+    config, found = context.config, dict[str, Any]()
+    tokens, split = context.tokens, config.data.train_split
     everybody = np.ones(tokens.num_users, dtype=bool)
     train = training_users(tokens, split)
     router = router_users(tokens, config.router.users, config.router.max_users, split, config.seed)
@@ -49,11 +59,13 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
     for preset in needs.joints:
         joint = router_users(tokens, config.joint.users, config.joint.max_users, split, config.seed)
         stages[f"store/{preset}-joint"] = (joint, config.joint.train_on)
+    stages |= dict.fromkeys(needs.pplugs, (train, config.pplug.train_on))
+    stages |= {"plora": (everybody, config.plora.train_on)} if needs.plora else {}
     for name, (mask, train_on) in stages.items():
-        done = folder.stage(name).inputs()
+        done = context.stage(name).inputs()
         if done is not None:
             chosen = [user for user in users if user < len(mask) and mask[user]]
-            found[name] = {"made": done["finished"]} | _counts(context, chosen, train_on)
+            found[in_lane(name, context.lane)] = {"made": done["finished"]} | _counts(context, chosen, train_on)
     return found
 
 

@@ -237,8 +237,29 @@ def erase_features(folder: Path, users: Collection[int]) -> Taken:
     return taken
 
 
+def erase_embeddings(folder: Path, users: Collection[int]) -> Taken:
+    """Take the embeddings of the users' items and questions out."""
+    taken, theirs = Taken(), np.asarray(sorted(users), np.int64)
+    for path in sorted(folder.glob("unit-*.safetensors")):
+        first, tensors = int(path.stem.removeprefix("unit-")), load_file(path)
+        counts = {"keys": tensors["num_items"], "values": tensors["num_items"], "queries": tensors["num_queries"]}
+        inside = theirs[slice(*np.searchsorted(theirs, [first, first + len(counts["keys"])]))] - first
+        rows = [row for row in inside.tolist() if counts["keys"][row] or counts["queries"][row]]
+        if not rows:
+            continue
+        for name, count_U in counts.items():
+            parts = list(tensors[name].split(count_U.tolist()))
+            for row in rows:
+                parts[row] = parts[row][:0]
+            tensors[name] = torch.cat(parts).contiguous()
+        tensors["num_items"][rows] = 0
+        tensors["num_queries"][rows] = 0
+        taken += _rewritten(path, len(rows), partial(save_file, tensors))
+    return taken
+
+
 def erase_predictions(folder: Path, users: Collection[int]) -> Taken:
-    """Take the answers to the users' questions out of the units' files."""
+    """Take the users' rows, answers to their questions or texts about them, out of the units' files."""
     taken = Taken()
     for path in sorted(folder.glob("units/*.parquet")):
         table = pq.read_table(path)

@@ -1,7 +1,7 @@
-"""Bootstrap over users: intervals for a method's value and, paired, for the difference of two methods.
+"""Bootstrap over users: intervals for a method's value and, paired, for the differences of methods.
 
 Users, not questions, are drawn, because one user's questions are not independent.
-Shapes: U users, B bootstrap samples, K statistics.
+Shapes: U users, B bootstrap samples, K statistics, M methods.
 """
 
 from __future__ import annotations
@@ -17,29 +17,38 @@ _SAMPLES_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One metric of one method on one set of users.
+class Scores:
+    """One metric of several methods on one set of users; the same users are drawn for every method.
 
     Attributes:
-        value: over all questions.
-        user_mean: mean of the users' own values.
-        samples: the value in each bootstrap sample; the same users are drawn for every method.
+        value_M: over all questions.
+        user_mean_M: mean of the users' own values.
+        value_MB, user_mean_MB: the same in each bootstrap sample.
     """
 
-    value: float
-    user_mean: float
-    samples: np.ndarray
+    methods: list[str]
+    metric: Metric
+    value_M: np.ndarray
+    user_mean_M: np.ndarray
+    value_MB: np.ndarray
+    user_mean_MB: np.ndarray
 
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Percentile interval of the value."""
-        return percentiles(self.samples, confidence)
+    def of(self, method: str) -> int:
+        """A method's line."""
+        return self.methods.index(method)
 
 
 def percentiles(samples: np.ndarray, confidence: float) -> tuple[float, float]:
     """The central interval that holds `confidence` of the samples."""
-    edge = (1 - confidence) / 2
-    low, high = np.quantile(samples, [edge, 1 - edge])
+    low, high = intervals(samples, confidence)
     return float(low), float(high)
+
+
+def intervals(samples: np.ndarray, confidence: float) -> np.ndarray:
+    """Of samples [..., B] the central intervals that hold `confidence` of them: [2, ...], low and high."""
+    edge = (1 - confidence) / 2
+    found: np.ndarray = np.quantile(samples, [edge, 1 - edge], axis=-1)
+    return found
 
 
 def _draws(num_users: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
@@ -47,12 +56,17 @@ def _draws(num_users: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(seed)
     for start in range(0, num_samples, _SAMPLES_AT_ONCE):
         size = min(_SAMPLES_AT_ONCE, num_samples - start)
-        yield generator.multinomial(num_users, np.full(num_users, 1 / num_users), size=size)
+        yield generator.multinomial(num_users, np.full(num_users, 1 / num_users), size=size).astype(np.float64)
 
 
-def score(metric: Metric, sums_UK: np.ndarray, num_samples: int, seed: int) -> Scored:
-    """Score a metric from each user's summed statistics."""
-    value = float(metric.value(sums_UK.sum(0)))
-    user_mean = float(np.mean(metric.user_value(sums_UK)))
-    samples = [metric.value(draws @ sums_UK) for draws in _draws(len(sums_UK), num_samples, seed)]
-    return Scored(value, user_mean, np.concatenate(samples))
+def score(metric: Metric, sums: dict[str, np.ndarray], num_samples: int, seed: int) -> Scores:
+    """Score a metric from each user's summed statistics [U, K], by method; users in the same order for all."""
+    sums_UMK = np.stack(list(sums.values()), axis=1)
+    num_users, num_methods, width = sums_UMK.shape
+    own_UM = metric.user_value(sums_UMK)
+    values, means = [], []
+    for draws in _draws(num_users, num_samples, seed):
+        values.append(metric.value((draws @ sums_UMK.reshape(num_users, -1)).reshape(-1, num_methods, width)))
+        means.append(draws @ own_UM / num_users)
+    value_M, mean_M = metric.value(sums_UMK.sum(0)), own_UM.mean(0)
+    return Scores(list(sums), metric, value_M, mean_M, np.concatenate(values).T, np.concatenate(means).T)

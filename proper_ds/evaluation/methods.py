@@ -1,15 +1,33 @@
-"""The compared methods as data: which stages stand behind each row of the report.
+"""The compared methods as data: which prompts, which stages and which gates stand behind each row of the report.
 
-Every method answers through the same prompt builder and predictor; only these switches differ.
+Every method answers through the same prompt builder and predictor; only these switches differ. A run lists methods by
+name in `evaluation.methods`, and changes or adds some under `recipes`. docs/methods.md explains each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from proper_ds.data.recipe import PromptRecipe
+from proper_ds.errors import Problem
+from proper_ds.model.presets import preset_of
+from proper_ds.run_folder import in_lane
+from proper_ds.section import problems_of
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
 
 Gates = Literal["user", "lora", "joint"]
+Kind = Literal["model", "floor", "PPlug", "PLoRA", "merged"]
+
+PLAIN = PromptRecipe()
+RAG = PromptRecipe(retriever="bm25")
+PAG = PromptRecipe(profile="built-in")
+PAG_RAG = PromptRecipe(retriever="bm25", profile="built-in")
 
 
 @dataclass(frozen=True)
@@ -17,24 +35,36 @@ class Method:
     """One row of the report.
 
     Attributes:
+        says: one line for the report.
+        kind: `floor`: no language model; `PPlug`, `PLoRA`, `merged`: the stages and the answering of these; `model`:
+            the base with what the other switches put on it.
+        recipe: how its prompts are made, for training as for answering.
         population: the population LoRA is merged into the base.
         preset: the group experts of this preset are on, or None.
         user_lora: each user's own LoRA is on.
         gates: which router mixes the experts: user-aware (stage 2), LoRA-aware (stage 3.2), or one that was trained
             together with users' adapters.
-        says: one line for the report.
     """
 
     name: str
+    says: str
+    kind: Kind = "model"
+    recipe: PromptRecipe = PLAIN
     population: bool = False
     preset: str | None = None
     user_lora: bool = False
     gates: Gates = "user"
-    says: str = ""
+
+    @property
+    def lane(self) -> str:
+        """The lane that its stages belong to; "" for plain prompts."""
+        return self.recipe.lane
 
     @property
     def adapter_set(self) -> str | None:
-        """The name of the set of user adapters behind this method, trained user by user (stage 3.1), or None."""
+        """The set of user adapters behind it, trained user by user (stage 3.1), or None."""
+        if self.kind == "merged":
+            return "OPPU"
         if not self.user_lora:
             return None
         return self.preset or "OPPU"
@@ -50,79 +80,235 @@ class Method:
         return self.joint_set or self.adapter_set
 
     @property
-    def level_folder(self) -> str:
-        """The folder, below the run's, of the group level that answers; only for methods with a preset."""
+    def router(self) -> str | None:
+        """The preset whose LoRA-aware router answers, or None."""
+        return self.preset if self.user_lora and self.gates == "lora" else None
+
+    @property
+    def level_stage(self) -> str:
+        """The stage, within the lane, whose group level answers; only for methods with a preset."""
         assert self.preset is not None, f"{self.name} has no groups"
         if self.joint_set is not None:
             return f"store/{self.joint_set}"
-        return f"{'router' if self.user_lora and self.gates == 'lora' else 'group'}/{self.preset}"
+        return f"{'router' if self.router else 'group'}/{self.preset}"
+
+    @property
+    def pplug(self) -> str | None:
+        """The stage of a learned user token, or None."""
+        if self.kind != "PPlug":
+            return None
+        return "pplug/population" if self.population else "pplug/base"
+
+    @property
+    def stages(self) -> list[str]:
+        """Full names of the stages that it answers with, in order; those before them are theirs to name."""
+        if self.kind == "floor":
+            return ["prepared"]
+        found = ["tokens"]
+        found += ["population"] if self.population else []
+        found += [f"group/{self.preset}"] if self.preset else []
+        found += [f"store/{self.adapter_set}"] if self.adapter_set else []
+        found += [f"router/{self.router}"] if self.router else []
+        found += [f"store/{self.joint_set}"] if self.joint_set else []
+        found += ["embeddings", self.pplug] if self.pplug else []
+        found += ["plora"] if self.kind == "PLoRA" else []
+        found += ["features"] if self.kind == "merged" else []
+        return [in_lane(name, self.lane) for name in found]
+
+
+def _proper(
+    name: str, says: str, preset: str = "proper", gates: Gates = "lora", recipe: PromptRecipe = PLAIN
+) -> Method:
+    return Method(name, says, recipe=recipe, population=True, preset=preset, user_lora=True, gates=gates)
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("base", says="the frozen base, no adapter"),
-        Method("population", population=True, says="one LoRA over everybody's data (stage 1)"),
-        Method("group", True, "proper", says="experts with user-aware gates (stage 2, preset proper)"),
-        Method("group-released", True, "proper-released", says="the same with the released mathematics"),
-        Method("OPPU", True, None, True, says="one LoRA per user on the population model, without groups"),
-        Method("proper", True, "proper", True, "lora", "one LoRA per user on the groups, LoRA-aware gates"),
+        Method("own-habit", "the user's own most frequent label, median score or usual length; no model", "floor"),
+        Method("words", "a linear bag of words that ignores the user; no language model", "floor"),
+        Method("words+own", "the same with the user's own prior or offset; no language model", "floor"),
+        Method("base", "the frozen base, no adapter"),
+        Method("base+RAG", "the frozen base, the user's own items that resemble the question before it", recipe=RAG),
+        Method("population", "one LoRA over everybody's data (stage 1)", population=True),
+        Method("RAG", "population with the user's own items found by BM25", recipe=RAG, population=True),
         Method(
-            "proper-released",
-            True,
-            "proper-released",
-            True,
-            "lora",
-            "the same with the released mathematics",
+            "RAG-recent", "the same with the newest items", recipe=PromptRecipe(retriever="recency"), population=True
         ),
-        Method("proper-joint", True, "proper", True, "joint", "proper with stages 3.1 and 3.2 trained on together"),
-        Method("proper-user-gates", True, "proper", True, "user", "proper before stage 3.2: user-aware gates"),
-        Method(
-            "proper-released-user-gates",
-            True,
-            "proper-released",
-            True,
-            "user",
-            "proper-released before stage 3.2: user-aware gates",
-        ),
+        Method("RAG-random", "the same with random items", recipe=PromptRecipe(retriever="random"), population=True),
+        Method("PAG", "population with a summary of the user in words", recipe=PAG, population=True),
+        Method("PAG+RAG", "population with summary and items found by BM25", recipe=PAG_RAG, population=True),
+        Method("PPlug", "one learned user token before the input, base frozen", "PPlug"),
+        Method("PPlug+population", "the same on the population model", "PPlug", population=True),
+        Method("PLoRA", "one shared LoRA with a user vector in its rank space", "PLoRA", population=True),
+        Method("merged", "adapters of the most similar training users merged, nothing trained", "merged", PLAIN, True),
+        Method("OPPU", "one LoRA per user on the population model, without groups", population=True, user_lora=True),
+        Method("OPPU+RAG", "OPPU with items found by BM25", recipe=RAG, population=True, user_lora=True),
+        Method("OPPU+PAG", "OPPU with a summary of the user", recipe=PAG, population=True, user_lora=True),
+        Method("group", "experts with user-aware gates (stage 2, preset proper)", population=True, preset="proper"),
+        Method("group-released", "the same, released mathematics", population=True, preset="proper-released"),
+        _proper("proper", "one LoRA per user on the groups, LoRA-aware gates"),
+        _proper("proper-released", "the same with the released mathematics", "proper-released"),
+        _proper("proper-joint", "proper with stages 3.1 and 3.2 trained on together", gates="joint"),
+        _proper("proper-user-gates", "proper before stage 3.2: user-aware gates", gates="user"),
+        _proper("proper-released-user-gates", "proper-released before stage 3.2", "proper-released", "user"),
+        _proper("proper+RAG", "proper with items found by BM25", recipe=RAG),
+        _proper("proper+PAG", "proper with a summary of the user", recipe=PAG),
     )
 }
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a list of methods needs trained, in order."""
+class LaneNeeds:
+    """What the methods of one lane need trained, in order.
 
+    Attributes:
+        presets: group stages.
+        adapter_sets: user stages: `OPPU` or a preset.
+        routers: LoRA-aware routers, by preset.
+        joints: LoRA-aware routers that are trained together with users' adapters, by preset.
+        pplugs: stages of learned user tokens.
+    """
+
+    recipe: PromptRecipe
     population: bool
     presets: tuple[str, ...]
-    """Group stages."""
     adapter_sets: tuple[str, ...]
-    """User stages: `OPPU` or a preset."""
     routers: tuple[str, ...]
-    """LoRA-aware routers, by preset."""
     joints: tuple[str, ...]
-    """LoRA-aware routers that are trained together with users' adapters, by preset."""
+    pplugs: tuple[str, ...]
+    plora: bool
+    merged: bool
 
-    @property
-    def stages(self) -> list[str]:
-        """Folders of all stages that a run of these methods has, in order; some may have been done elsewhere."""
-        found = ["prepared", "base", "tokens", "population", "features"]
+    def stages(self, user_vector: Literal["encoder", "table"]) -> list[str]:
+        """Full names of the stages of this lane, in order."""
+        encoders = any(preset_of(preset, user_vector).user_vector == "encoder" for preset in self.presets)
+        found = ["tokens"]
+        found += ["population"] if self.population else []
+        found += ["features"] if encoders or self.merged else []
+        found += ["embeddings"] if self.pplugs else []
+        found += [*self.pplugs, *(["plora"] if self.plora else [])]
         found += [f"group/{name}" for name in self.presets] + [f"store/{name}" for name in self.adapter_sets]
         found += [f"router/{name}" for name in self.routers] + [f"store/{name}-joint" for name in self.joints]
-        return [*found, "predictions"]
+        return [in_lane(name, self.recipe.lane) for name in found]
 
 
-def needs_of(names: Sequence[str]) -> Needs:
-    """The stages behind the methods called `names`, each once, in the order of the methods."""
-    methods = [METHODS[name] for name in names]
+@dataclass(frozen=True)
+class Needs:
+    """What a list of methods needs.
 
-    def once(values: list[str | None]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(value for value in values if value is not None))
+    Attributes:
+        lanes: in the order of the methods, the plain one first where it is needed.
+        floors: methods without a language model.
+    """
 
+    lanes: tuple[LaneNeeds, ...]
+    floors: tuple[str, ...]
+
+    @property
+    def population(self) -> bool:
+        """Whether any method answers with a population LoRA."""
+        return any(lane.population for lane in self.lanes)
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Group stages of all lanes."""
+        return _once([name for lane in self.lanes for name in lane.presets])
+
+    @property
+    def adapter_sets(self) -> tuple[str, ...]:
+        """User stages of all lanes, without their lanes."""
+        return _once([name for lane in self.lanes for name in lane.adapter_sets])
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """LoRA-aware routers of all lanes, by preset."""
+        return _once([name for lane in self.lanes for name in lane.routers])
+
+    @property
+    def joints(self) -> tuple[str, ...]:
+        """Jointly trained routers of all lanes, by preset."""
+        return _once([name for lane in self.lanes for name in lane.joints])
+
+    @property
+    def pplugs(self) -> tuple[str, ...]:
+        """Stages of learned user tokens."""
+        return _once([name for lane in self.lanes for name in lane.pplugs])
+
+    @property
+    def plora(self) -> bool:
+        """Whether any method is PLoRA."""
+        return any(lane.plora for lane in self.lanes)
+
+    @property
+    def merged(self) -> bool:
+        """Whether any method merges the adapters of similar users."""
+        return any(lane.merged for lane in self.lanes)
+
+
+def methods_of(config: RunConfig) -> list[Method]:
+    """The methods of a run, in its order; recipes of the run change or add some. Unknown names are left out."""
+    known = all_methods(config)
+    return [known[name] for name in config.evaluation.methods if name in known]
+
+
+def all_methods(config: RunConfig) -> dict[str, Method]:
+    """Every method that a run may list: the shipped ones, and those that its `recipes` make of them.
+
+    Recipes that are wrong are left out; `checks.py` says what is wrong with them.
+    """
+    found = dict(METHODS)
+    for name, recipe in config.recipes.items():
+        like = METHODS.get(recipe.like or name)
+        changed = changed_recipe(like, recipe.prompt)[0] if like is not None else None
+        if like is not None and changed is not None:
+            says = like.says if changed == like.recipe else f"{like.name} under prompts {changed.lane or 'as they are'}"
+            found[name] = replace(like, name=name, recipe=changed, says=says)
+    return found
+
+
+def changed_recipe(like: Method, prompt: dict[str, Any]) -> tuple[PromptRecipe | None, list[Problem]]:
+    """A method's recipe with some keys changed, or what is wrong with them."""
+    try:
+        return PromptRecipe.model_validate(like.recipe.model_dump() | prompt), []
+    except ValidationError as error:
+        return None, [problem for _, problem in problems_of(PromptRecipe, error)]
+
+
+def needs_of(config: RunConfig) -> Needs:
+    """The stages behind a run's methods, each once, in the order of the methods."""
+    return needs_of_methods(methods_of(config))
+
+
+def stages_of(config: RunConfig) -> list[str]:
+    """Full names of all stages that a run of these methods has, in order; some may have been done elsewhere."""
+    lanes = [name for lane in needs_of(config).lanes for name in lane.stages(config.group.user_vector)]
+    return ["prepared", "base", *lanes, *(f"predictions/{method.name}" for method in methods_of(config))]
+
+
+def needs_of_methods(methods: Sequence[Method]) -> Needs:
+    """The same for methods at hand."""
+    asked = [method for method in methods if method.kind != "floor"]
+    lanes = sorted(_once([method.lane for method in asked]), key=bool)  # the plain one first
     return Needs(
-        population=any(method.population for method in methods),
-        presets=once([method.preset for method in methods]),
-        adapter_sets=once([method.adapter_set for method in methods]),
-        routers=once([m.preset for m in methods if m.user_lora and m.gates == "lora"]),
-        joints=once([m.preset for m in methods if m.gates == "joint"]),
+        tuple(_lane_needs([method for method in asked if method.lane == lane]) for lane in lanes),
+        tuple(method.name for method in methods if method.kind == "floor"),
     )
+
+
+def _lane_needs(methods: list[Method]) -> LaneNeeds:
+    return LaneNeeds(
+        recipe=methods[0].recipe,
+        population=any(method.population for method in methods),
+        presets=_once([method.preset for method in methods]),
+        adapter_sets=_once([method.adapter_set for method in methods]),
+        routers=_once([method.router for method in methods]),
+        joints=_once([method.preset for method in methods if method.gates == "joint"]),
+        pplugs=_once([method.pplug for method in methods]),
+        plora=any(method.kind == "PLoRA" for method in methods),
+        merged=any(method.kind == "merged" for method in methods),
+    )
+
+
+def _once(values: Sequence[str | None]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value for value in values if value is not None))

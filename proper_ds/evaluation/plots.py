@@ -12,9 +12,13 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 COLOURS = {
+    "own-habit": "#dadce0",
+    "words": "#bdc1c6",
+    "words+own": "#80868b",
     "base": "#9aa0a6",
     "population": "#5f6368",
     "group": "#e69f00",
@@ -26,6 +30,13 @@ COLOURS = {
     "proper-user-gates": "#009e73",
     "proper-released-user-gates": "#7a4f9a",
 }
+"""Of the methods that most plots show; others are given one by `colour_of`."""
+
+
+def colour_of(method: str) -> str:
+    """A method's colour, the same in every plot."""
+    place = sum(method.encode()) % 20  # not `hash`, which differs from process to process
+    return COLOURS.get(method) or to_hex(plt.get_cmap("tab20")(place))
 
 
 def svg_of(figure: Figure) -> str:
@@ -65,20 +76,22 @@ def learning_curves(events: list[dict[str, Any]]) -> str | None:
 
 
 def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list[str]) -> str | None:
-    """Each method's gain over `rival` with its interval, by history length; above zero is better."""
-    methods = [method for method in methods if method not in (rival, "base")]
+    """Each method's gain over `rival`, one of the references, with its interval by history length."""
     buckets = task["by_history"]
     if not methods or not buckets:
         return None
     figure, axis = plt.subplots(figsize=(max(6, 1.7 * len(buckets) + 2), 3.2))
     width = 0.8 / len(methods)
     for n, method in enumerate(methods):
-        found = [_pair(bucket, metric, method, rival) for bucket in buckets]
-        gains = [pair["gain"] if pair else 0.0 for pair in found]
-        below = [max(0.0, pair["gain"] - pair["interval"][0]) if pair else 0.0 for pair in found]
-        above = [max(0.0, pair["interval"][1] - pair["gain"]) if pair else 0.0 for pair in found]
+        found = [
+            next(p for p in bucket["comparisons"][metric] if (p["method"], p["than"]) == (method, rival))
+            for bucket in buckets
+        ]
+        gains = [pair["gain"] for pair in found]
+        below = [max(0.0, pair["gain"] - pair["interval"][0]) for pair in found]
+        above = [max(0.0, pair["interval"][1] - pair["gain"]) for pair in found]
         places = [i + (n - (len(methods) - 1) / 2) * width for i in range(len(buckets))]
-        axis.bar(places, gains, width * 0.92, color=COLOURS.get(method, "#777777"), label=method)
+        axis.bar(places, gains, width * 0.92, color=colour_of(method), label=method)
         axis.errorbar(places, gains, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
     axis.axhline(0, color="#333333", linewidth=0.8)
     axis.set_xticks(range(len(buckets)), [f"{b['history']}\n({b['num_users']} users)" for b in buckets], fontsize=8)
@@ -88,17 +101,6 @@ def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.grid(axis="y", alpha=0.25)
     return svg_of(figure)
-
-
-def _pair(bucket: dict[str, Any], metric: str, method: str, rival: str) -> dict[str, Any] | None:
-    for pair in bucket["comparisons"][metric]:
-        if pair["method"] == method and pair["than"] == rival:
-            found: dict[str, Any] = pair
-            return found
-        if pair["method"] == rival and pair["than"] == method:  # the rival was listed later: turn it round
-            low, high = pair["interval"]
-            return {"gain": -pair["gain"], "interval": [-high, -low]}
-    return None
 
 
 def expert_spread(experts: dict[str, Any]) -> str | None:

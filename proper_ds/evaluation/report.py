@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from proper_ds.evaluation.answers import read_answers
+from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
-from proper_ds.evaluation.methods import METHODS, needs_of
-from proper_ds.evaluation.metrics import metrics_of
+from proper_ds.evaluation.grouping import grouping_of, read_truth
+from proper_ds.evaluation.methods import Method, methods_of, needs_of_methods, stages_of
+from proper_ds.evaluation.protocol import protocol_of
+from proper_ds.evaluation.published import published_for
+from proper_ds.evaluation.questions import PREDICTIONS, read_predictions
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
-from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, read_predictions, write_lamp_files
+from proper_ds.evaluation.results import Scoring, expert_use, mean_gates, score_tasks, write_lamp_files
+from proper_ds.evaluation.state import bytes_per_user
+from proper_ds.evaluation.test_reads import num_reads
+from proper_ds.evaluation.verify import by_method, write_sums
 from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
 from proper_ds.observe.metrics import read_events
+from proper_ds.run_folder import in_lane, split_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
 
@@ -35,65 +44,91 @@ def write_report(context: RunContext, kept: Mapping[str, str]) -> dict[str, Any]
         kept: by stage, when a result was made that was kept although the data changed since.
     """
     root = context.folder.root
-    table = read_predictions(context.folder.stage("predictions").path)
-    methods: list[str] = list(context.config.evaluation.methods)
-    manifest = context.prepared.manifest
-    write_lamp_files(table, manifest.tasks, methods, context.folder.stage("predictions").path)
-    found = build_report(context, table) | {"kept": dict(kept)}
-    write_text_atomic(root / "report.html", html_of(found, _events(context, needs_of(methods).stages)))
+    methods = list(context.config.evaluation.methods)
+    for method in methods:
+        folder = root / PREDICTIONS / method
+        write_lamp_files(read_answers(folder), context.prepared.manifest.tasks, folder)
+    found = build_report(context, read_predictions(root, methods)) | {"kept": dict(kept)}
+    write_text_atomic(root / "report.html", html_of(found, _events(context, stages_of(context.config))))
     write_text_atomic(root / "report.md", markdown_of(found))
     write_json_atomic(root / "report.json", found)
     return found
 
 
 def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
-    """All numbers of the report."""
+    """All numbers of the report.
+
+    Every score is computed from the files that `predictions` names, under the configuration of `config_digest`;
+    `verify.py` does it again. `methods` holds scores [method][task][metric]; `costs` what each method cost; `tasks`
+    the rest that is known of each task (see `evaluate_task`), with figures that others published for it.
+    """
     config, manifest = context.config, context.prepared.manifest
-    names: list[str] = list(config.evaluation.methods)
-    tasks: dict[str, Any] = {}
-    for name, task in manifest.tasks.items():
-        answers = answers_of(table, name, names)
-        if not answers.ids:
-            continue
-        tasks[name] = evaluate_task(task, answers, config.evaluation) | {
-            "lamp_id": task.lamp_id,
-            "kind": task.kind,
-            "generated": task.generated,
-            "metrics": {metric.name: metric.higher_is_better for metric in metrics_of(task)},
-        }
-    stages = needs_of(names).stages
-    methods = {m: {name: task["methods"].pop(m) for name, task in tasks.items()} for m in names}
+    names = list(config.evaluation.methods)
+    scored = by_method(score_tasks(table, manifest.tasks, names, Scoring.of(config.evaluation)), names)
+    protocol = protocol_of(context)
+    for name, about in scored["tasks"].items():
+        about["protocol"] = protocol["name"]
+        about["published"] = published_for(name, about, protocol["name"], protocol["base"])
+    stages = stages_of(config)
     return {
         "run": str(context.folder.root),
-        "protocol": {
-            "split": config.evaluation.split,
-            "closed_labels": config.evaluation.closed_labels,
-            "ordinal": config.evaluation.ordinal,
-            "confidence": config.evaluation.confidence,
-            "num_bootstrap_samples": config.evaluation.num_bootstrap_samples,
-        },
+        "protocol": protocol,
         "base": context.base_name,
         "config_digest": digest_of(config.model_dump(mode="json")),
+        "predictions": write_sums(context.folder.root, names),
         "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
-        "methods": methods,
-        "method_notes": {name: METHODS[name].says for name in names},
-        "tasks": tasks,
+        **scored,
+        "method_notes": {method.name: method.says for method in methods_of(config)},
+        "costs": _costs(context),
         "users": _users(context, config),
         "experts": expert_use(table, names),
+        "grouping": _grouping(context, table, names),
         "gates": gate_history(_events(context, stages)),
         "router_jumps": _router_jumps(context, stages),
         "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
+        "test_reads": num_reads(context.folder.root),
+        "chosen_by": config.chosen_by.model_dump(mode="json") if config.chosen_by else None,
     }
+
+
+def _grouping(context: RunContext, table: pa.Table, methods: list[str]) -> dict[str, Any]:
+    truth = read_truth([str(source["path"]) for source in context.prepared.manifest.sources])
+    if not truth:
+        return {}
+    by_method = {
+        method: ([context.keys[user] for user in users], gates)
+        for method, (users, gates) in mean_gates(table, methods).items()
+    }
+    return grouping_of(by_method, truth)
+
+
+def _costs(context: RunContext) -> dict[str, Any]:
+    methods = methods_of(context.config)
+    behind = {method.name: _stages_behind(method, context.config) for method in methods}
+    events, works = read_events(context.folder.metrics)[0], dict[str, Work]()
+    for stage in {stage for stages in behind.values() for stage in stages}:
+        marker = context.folder.stage(stage).inputs()
+        if marker is not None:
+            works[stage] = work_of(stage, marker, events)
+    for floor in (method.name for method in methods if method.kind == "floor"):
+        seconds = (context.folder.stage(f"{PREDICTIONS}/{floor}").inputs() or {}).get("seconds", 0.0)
+        behind[floor], works[f"{PREDICTIONS}/{floor}"] = [f"{PREDICTIONS}/{floor}"], Work(seconds, 0)
+    return costs_of(behind, works, {method.name: bytes_per_user(context, method) for method in methods}, events)
+
+
+def _stages_behind(method: Method, config: RunConfig) -> list[str]:
+    """The stages that had to be trained or computed for a method, in order; preparing the data is everybody's."""
+    lanes = [stage for lane in needs_of_methods([method]).lanes for stage in lane.stages(config.group.user_vector)]
+    return [stage for stage in lanes if split_lane(stage)[0] != "tokens"]
 
 
 def _users(context: RunContext, config: RunConfig) -> dict[str, Any]:
     manifest = context.prepared.manifest
     sets = {}
-    methods = [METHODS[name] for name in config.evaluation.methods]
-    for name in dict.fromkeys(name for method in methods for name in (method.adapter_set, method.own_set)):
-        if name is None:
-            continue
+    methods = methods_of(config)
+    owned = [(m.lane, name) for m in methods for name in (m.adapter_set, m.own_set) if name is not None]
+    for name in dict.fromkeys(in_lane(name, lane) for lane, name in owned):
         store = open_store(context.folder.stage(f"store/{name}").path)
         users = store.users()
         num_bytes = store.stats().pack_bytes

@@ -1,188 +1,190 @@
 """From predictions to scores: by method, task, metric and history length, with paired bootstrap differences.
 
-Reads what `predict_job.py` committed; `report.py` turns the result into files for people.
+Reads what `questions.py` puts in order; `report.py` turns the result into files for people. The numbers of a task
+depend on its answers and on `Scoring` alone, so that `verify.py` can compute them again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from proper_ds.data.manifest import TaskManifest
-from proper_ds.evaluation.bootstrap import Scored, percentiles, score
+from proper_ds.evaluation.bootstrap import Scores, intervals, score
+from proper_ds.evaluation.compare import against_floor, comparisons, matrix
 from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.evaluation.history import history_buckets, history_parts
 from proper_ds.evaluation.metrics import Metric, metrics_of
+from proper_ds.evaluation.questions import Answers, answers_of
 from proper_ds.files import seed_of, write_json_atomic
-
-NUM_BUCKETS = 4
 
 
 @dataclass(frozen=True)
-class Answers:
-    """All answers to one task's questions with known golds, in columns.
+class Scoring:
+    """What the scores depend on besides the answers.
 
     Attributes:
-        users: index of the user of each question.
-        history: history items of that user.
-        predictions: by method, in the order of the questions.
+        references: the methods that the others are compared with by name.
     """
 
-    ids: list[str]
-    users: np.ndarray
-    history: np.ndarray
-    golds: list[str]
-    predictions: dict[str, list[str]]
+    num_bootstrap_samples: int
+    confidence: float
+    references: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: EvaluationConfig) -> Scoring:
+        """As a run is configured."""
+        return cls(config.num_bootstrap_samples, config.confidence, tuple(config.compared_with))
 
 
-def read_predictions(folder: Path) -> pa.Table:
-    """All units' predictions as one table, in a fixed order."""
-    tables = [pq.read_table(path) for path in sorted((folder / "units").glob("*.parquet"))]
-    return pa.concat_tables(tables)
+def statistics(metric: Metric, golds: Sequence[str], given: Sequence[str]) -> np.ndarray:
+    """Each question's statistics [Q, K]; equal pairs of gold and answer are looked at once."""
+    known: dict[tuple[str, str], np.ndarray] = {}
+    found = []
+    for pair in zip(golds, given, strict=True):
+        if pair not in known:
+            known[pair] = metric.statistics(*pair)
+        found.append(known[pair])
+    return np.stack(found)
 
 
-def answers_of(table: pa.Table, task: str, methods: list[str]) -> Answers:
-    """The scored answers of one task."""
-    rows = [row for row in table.to_pylist() if row["task"] == task and row["gold"] is not None]
-    by_method = {m: {r["id"]: r for r in rows if r["method"] == m} for m in methods}
-    first = by_method[methods[0]]
-    ids = list(first)
-    for method, found in by_method.items():
-        assert found.keys() == first.keys(), f"{method} did not answer the same questions"
-    return Answers(
-        ids,
-        np.asarray([first[i]["user"] for i in ids], dtype=np.int64),
-        np.asarray([first[i]["num_history"] for i in ids], dtype=np.int64),
-        [first[i]["gold"] for i in ids],
-        {m: [by_method[m][i]["prediction"] for i in ids] for m in methods},
-    )
-
-
-def _sums(metric: Metric, golds: list[str], given: list[str], users: np.ndarray) -> np.ndarray:
-    """Each user's summed statistics [U, K]."""
-    stats = np.stack([metric.statistics(gold, text) for gold, text in zip(golds, given, strict=True)])
-    _, inverse = np.unique(users, return_inverse=True)
-    sums = np.zeros((inverse.max() + 1, stats.shape[1]))
-    np.add.at(sums, inverse, stats)
+def user_sums(stats_QK: np.ndarray, users_Q: np.ndarray) -> np.ndarray:
+    """Each user's summed statistics [U, K], by ascending index."""
+    _, inverse = np.unique(users_Q, return_inverse=True)
+    sums = np.zeros((inverse.max() + 1, stats_QK.shape[1]))
+    np.add.at(sums, inverse, stats_QK)
     return sums
 
 
-def _scores(answers: Answers, metric: Metric, chosen: np.ndarray, config: EvaluationConfig) -> dict[str, Scored]:
-    positions = np.flatnonzero(chosen)
-    golds, users = [answers.golds[i] for i in positions], answers.users[positions]
-    seed = seed_of("bootstrap", metric.name)
+def _entries(scores: Scores, confidence: float) -> dict[str, dict[str, Any]]:
+    spans, user_spans = intervals(scores.value_MB, confidence), intervals(scores.user_mean_MB, confidence)
     return {
-        method: score(
-            metric, _sums(metric, golds, [given[i] for i in positions], users), config.num_bootstrap_samples, seed
-        )
-        for method, given in answers.predictions.items()
-    }
-
-
-def _entry(scored: Scored, confidence: float) -> dict[str, Any]:
-    return {
-        "value": scored.value,
-        "user_mean": scored.user_mean,
-        "interval": list(scored.interval(confidence)),
-    }
-
-
-def _comparisons(scores: dict[str, Scored], metric: Metric, confidence: float) -> list[dict[str, Any]]:
-    """Each pair of methods, later minus earlier, positive where the later one is better."""
-    found, names = [], list(scores)
-    sign = 1 if metric.higher_is_better else -1
-    for i, rival in enumerate(names):
-        for method in names[i + 1 :]:
-            gain = sign * (scores[method].value - scores[rival].value)
-            low, high = percentiles(sign * (scores[method].samples - scores[rival].samples), confidence)
-            verdict = "better" if low > 0 else "worse" if high < 0 else "no difference beyond the interval"
-            found.append({"method": method, "than": rival, "gain": gain, "interval": [low, high], "verdict": verdict})
-    return found
-
-
-def history_buckets(history: np.ndarray, users: np.ndarray) -> list[tuple[str, int, int]]:
-    """(label, from, to) of history lengths: cold users, then about equally many users in each."""
-    _, first = np.unique(users, return_index=True)
-    lengths = np.sort(history[first])
-    buckets = [("0", 0, 0)] if lengths[0] == 0 else []
-    warm = lengths[lengths > 0]
-    if not len(warm):
-        return buckets
-    edges = sorted({int(edge) for edge in np.quantile(warm, np.linspace(0, 1, NUM_BUCKETS + 1)[1:], method="lower")})
-    low = int(warm[0])
-    for edge in edges:
-        if edge >= low:
-            buckets.append((f"{low}-{edge}" if edge > low else str(low), low, edge))
-            low = edge + 1
-    return buckets
-
-
-def evaluate_task(task: TaskManifest, answers: Answers, config: EvaluationConfig) -> dict[str, Any]:
-    """Everything the report says about one task: `methods`, `comparisons` and `by_history`, by metric."""
-    everyone = np.ones(len(answers.golds), dtype=bool)
-    result: dict[str, Any] = {
-        "num_questions": len(answers.golds),
-        "num_users": len(np.unique(answers.users)),
-        "methods": {method: {} for method in answers.predictions},
-        "comparisons": {},
-        "by_history": [],
-    }
-    metrics = metrics_of(task)
-    for metric in metrics:
-        scores = _scores(answers, metric, everyone, config)
-        for method, scored in scores.items():
-            result["methods"][method][metric.name] = _entry(scored, config.confidence)
-        result["comparisons"][metric.name] = _comparisons(scores, metric, config.confidence)
-    for label, low, high in history_buckets(answers.history, answers.users):
-        chosen = (answers.history >= low) & (answers.history <= high)
-        bucket: dict[str, Any] = {
-            "history": label,
-            "num_users": len(np.unique(answers.users[chosen])),
-            "num_questions": int(chosen.sum()),
-            "methods": {method: {} for method in answers.predictions},
-            "comparisons": {},
+        method: {
+            "value": float(scores.value_M[n]),
+            "interval": spans[:, n].tolist(),
+            "user_mean": float(scores.user_mean_M[n]),
+            "user_mean_interval": user_spans[:, n].tolist(),
         }
-        for metric in metrics:
-            scores = _scores(answers, metric, chosen, config)
-            for method, scored in scores.items():
-                bucket["methods"][method][metric.name] = _entry(scored, config.confidence)
-            bucket["comparisons"][metric.name] = _comparisons(scores, metric, config.confidence)
-        result["by_history"].append(bucket)
+        for n, method in enumerate(scores.methods)
+    }
+
+
+Scorer = Callable[[np.ndarray], list[Scores]]
+"""Scores of every metric for the questions where the mask [Q] is true."""
+
+
+def _scorer(answers: Answers, metrics: Sequence[Metric], scoring: Scoring) -> Scorer:
+    stats = {
+        metric.name: {m: statistics(metric, answers.golds, given) for m, given in answers.predictions.items()}
+        for metric in metrics
+    }
+
+    def scores_of(metric: Metric, chosen_Q: np.ndarray) -> Scores:
+        users = answers.users[chosen_Q]
+        sums = {method: user_sums(stats_QK[chosen_Q], users) for method, stats_QK in stats[metric.name].items()}
+        return score(metric, sums, scoring.num_bootstrap_samples, seed_of("bootstrap", metric.name))
+
+    return lambda chosen_Q: [scores_of(metric, chosen_Q) for metric in metrics]
+
+
+def _part(found: Sequence[Scores], scoring: Scoring) -> dict[str, Any]:
+    """`methods` and `comparisons` by metric."""
+    part: dict[str, Any] = {"methods": {}, "comparisons": {}}
+    for scores in found:
+        name = scores.metric.name
+        for method, entry in _entries(scores, scoring.confidence).items():
+            part["methods"].setdefault(method, {})[name] = entry
+        part["comparisons"][name] = comparisons(scores, scoring.references, scoring.confidence)
+    return part
+
+
+def evaluate_task(task: TaskManifest, answers: Answers, scoring: Scoring) -> dict[str, Any]:
+    """Everything the report says about one task.
+
+    Keys of the result: `num_questions`, `num_users`; `methods` [method][metric] with `value` over questions,
+    `user_mean` and an interval of each; `comparisons` [metric], every method against the references; `matrix`
+    [metric], all pairs of methods; `floor` (see `against_floor`), for the first metric; and `by_history` and `parts`,
+    lists with the same `methods` and `comparisons` for users by history length: buckets, and cold users and halves
+    (`part` says which).
+    """
+    scores_of = _scorer(answers, metrics_of(task), scoring)
+    whole = scores_of(np.ones(len(answers.golds), dtype=bool))
+    result: dict[str, Any] = {"num_questions": len(answers.golds), "num_users": len(np.unique(answers.users))}
+    result |= _part(whole, scoring)
+    result["matrix"] = {scores.metric.name: matrix(scores, scoring.confidence) for scores in whole}
+    result["floor"] = against_floor(whole[0], scoring.confidence)
+
+    def slice_of(label: str, low: int, high: int) -> dict[str, Any]:
+        chosen = (answers.history >= low) & (answers.history <= high)
+        num_users = len(np.unique(answers.users[chosen]))
+        about = {"history": label, "num_users": num_users, "num_questions": int(chosen.sum())}
+        return about | _part(scores_of(chosen), scoring)
+
+    history, users = answers.history, answers.users
+    result["by_history"] = [slice_of(*bucket) for bucket in history_buckets(history, users)]
+    result["parts"] = [{"part": name} | slice_of(*bucket) for name, bucket in history_parts(history, users)]
     return result
 
 
-def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], methods: list[str], folder: Path) -> None:
-    """Each method's answers in LaMP's own format: `<method>/<task>.json` with `task`, `golds` and `model`."""
-    rows = table.to_pylist()
+def score_tasks(
+    table: pa.Table, tasks: dict[str, TaskManifest], methods: Sequence[str], scoring: Scoring
+) -> dict[str, dict[str, Any]]:
+    """`evaluate_task` for each task with known golds, and what is needed to score it again."""
+    found = {}
+    for name, task in tasks.items():
+        answers = answers_of(table, name, methods)
+        if answers.ids:
+            about = {
+                "lamp_id": task.lamp_id,
+                "kind": task.kind,
+                "generated": task.generated,
+                "labels": list(task.labels) if task.labels is not None else None,
+                "metrics": {metric.name: metric.higher_is_better for metric in metrics_of(task)},
+            }
+            found[name] = about | evaluate_task(task, answers, scoring)
+    return found
+
+
+def write_lamp_files(table: pa.Table, tasks: dict[str, TaskManifest], folder: Path) -> None:
+    """A method's answers in LaMP's own format, in the method's folder: `lamp/<task>.json` with `task` and `golds`."""
+    rows = table.select(["task", "id", "prediction"]).to_pylist()
+    for name, task in tasks.items():
+        golds = [{"id": row["id"], "output": row["prediction"]} for row in rows if row["task"] == name]
+        about = {"task": task.lamp_id, "golds": golds, "model": folder.name}
+        write_json_atomic(folder / "lamp" / f"{name}.json", about)
+
+
+def mean_gates(table: pa.Table, methods: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By method with groups: (users [U], each one's gates [U, modules, experts], the mean over the questions)."""
+    found = {}
+    table = table.select(["method", "user", "gates", "num_experts"])
     for method in methods:
-        for name, task in tasks.items():
-            golds = [
-                {"id": r["id"], "output": r["prediction"]} for r in rows if r["method"] == method and r["task"] == name
-            ]
-            write_json_atomic(folder / method / f"{name}.json", {"task": task.lamp_id, "golds": golds, "model": method})
+        rows = table.filter((pc.field("method") == method) & (pc.list_value_length(pc.field("gates")) > 0))
+        if not len(rows):
+            continue
+        flat = pc.list_flatten(rows.column("gates")).to_numpy().astype(np.float64)
+        gates = flat.reshape(len(rows), -1, rows.column("num_experts")[0].as_py())
+        users, inverse = np.unique(rows.column("user").to_numpy(), return_inverse=True)
+        means = np.zeros((len(users), *gates.shape[1:]))
+        np.add.at(means, inverse, gates)
+        found[method] = (users, means / np.bincount(inverse)[:, None, None])
+    return found
 
 
-def expert_use(table: pa.Table, methods: list[str]) -> dict[str, Any]:
+def expert_use(table: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
     """How users spread over experts, by method with groups.
 
     `dominant_share` [modules][experts]: the share of users whose strongest expert in that module it is.
     """
     found: dict[str, Any] = {}
-    for method in methods:
-        rows = [row for row in table.to_pylist() if row["method"] == method and row["gates"]]
-        if not rows:
-            continue
-        num_experts = rows[0]["num_experts"]
-        users = np.asarray([row["user"] for row in rows])
-        gates = np.asarray([row["gates"] for row in rows], dtype=np.float64).reshape(len(rows), -1, num_experts)
-        _, inverse = np.unique(users, return_inverse=True)
-        means = np.zeros((inverse.max() + 1, *gates.shape[1:]))
-        np.add.at(means, inverse, gates)
-        means /= np.bincount(inverse)[:, None, None]
+    for method, (_, means) in mean_gates(table, methods).items():
+        num_experts = means.shape[-1]
         strongest = means.argmax(-1)
         share = np.stack([(strongest == expert).mean(0) for expert in range(num_experts)], axis=-1)
         found[method] = {

@@ -106,6 +106,11 @@ class Cluster:
         return f"the cluster has {cpus} CPUs and {gpus} GPUs on {nodes}"
 
 
+def join_environment() -> dict[str, str]:
+    """What a process on this machine needs in its environment to join the cluster that this one is in."""
+    return dict(os.environ) | {"RAY_ADDRESS": str(ray.get_runtime_context().gcs_address)}
+
+
 def _answer() -> bool:
     """What a node is asked to run."""
     return True

@@ -16,6 +16,7 @@ from proper_ds.model.experts import ExpertMixture
 from proper_ds.model.halves import Halves
 from proper_ds.model.lora import SharedLora, SlotLora
 from proper_ds.model.masks import text_mask
+from proper_ds.model.persona import PersonaEmbedding
 from proper_ds.model.places import at_places, find_top
 from proper_ds.model.routing import Rows
 
@@ -103,6 +104,14 @@ class PersonalModel(nn.Module):
         for name, module in self.adapted.items():
             module.group = mixtures.get(name) if mixtures is not None else None
             module.dropout[_GROUP] = dropout if module.group is not None else 0.0
+
+    def attach_persona(self, is_on: bool) -> None:
+        """Let negative token ids stand for the rows' own input embeddings, or put the base's embedding back."""
+        embedding = self.lm.get_input_embeddings()
+        if is_on and not isinstance(embedding, PersonaEmbedding):
+            self.lm.set_input_embeddings(PersonaEmbedding(embedding, self.rows))
+        if not is_on and isinstance(embedding, PersonaEmbedding):
+            self.lm.set_input_embeddings(embedding.inner)
 
     @property
     def has_dropout(self) -> bool:

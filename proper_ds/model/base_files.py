@@ -47,6 +47,16 @@ def empty_base(model: str, revision: str | None, dtype: torch.dtype) -> Any:
     return lm.eval()
 
 
+def num_parameters(model: str, revision: str | None) -> int:
+    """How many numbers a base has; nothing but its configuration is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, revision=revision))
+    lm.tie_weights()
+    return sum(parameter.numel() for parameter in lm.parameters())
+
+
 class BaseFiles:
     """The safetensors files of a base, opened one at a time.
 

@@ -12,6 +12,10 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 
 
+NUM_PERSONAL = 2
+"""Tokens that PPlug puts before the input."""
+
+
 class LoraSettings(Section):
     """One LoRA: `W x + lora_alpha / r * B A x` on every module whose name ends in a target (LoRA, Hu et al. 2021)."""
 

@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from proper_ds.errors import AdapterError
-from proper_ds.files import atomic_path
 from proper_ds.model.experts import ExpertMixture, Experts, fresh_lora_A
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.presets import Preset
 from proper_ds.model.routing import ReleasedRouter, ReplacingLoraRouter, ResidualLoraRouter, Router, SummedRouter
 from proper_ds.model.user_vectors import UserEncoder, UserTable
+from proper_ds.model.weights_file import save_weights
 
 Tensor = torch.Tensor
 
@@ -190,12 +188,7 @@ def save_level(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any],
         about: see `GroupLevel.description`.
         section: of the stage that trained it, for the message.
     """
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
-    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if bad:
-        raise AdapterError(f"group level: weights are not finite in {bad[0]}; lower {section}.learning_rate")
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"group_level": json.dumps(about)})
+    save_weights(path, tensors, "group_level", about, section)
 
 
 def _key(name: str) -> str:

@@ -30,6 +30,7 @@ class Rows:
         key_R: each row's dropout key, or [R, T] each token's; None switches dropout off.
         places: where targets are predicted, to run the top of the model there only; not with dropout or `gates`.
         gates: filled with each module's gates [R, T, N] when it is a dictionary.
+        prefix_RPD: each row's own input embeddings, which negative token ids stand for (`persona.py`).
     """
 
     slot_R: Tensor | None = None
@@ -38,6 +39,7 @@ class Rows:
     key_R: Tensor | None = None
     places: Places | None = None
     gates: dict[str, Tensor] | None = field(default=None)
+    prefix_RPD: Tensor | None = None
 
     def by_token(self, value_XN: Tensor) -> Tensor:
         """What belongs to rows (or texts), as something that can be added to [R, T, N]."""

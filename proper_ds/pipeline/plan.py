@@ -105,7 +105,7 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
         except AdapterError as error:
             problems.append(Problem(f"{name}.lora", str(error), "Use some of these."))
     window = attention_window(lm.config)
-    needs = needs_of(config.evaluation.methods)
+    needs = needs_of(config)
     several_in_a_row = {
         "population.packing": config.population.packing and needs.population,
         "group.packing": config.group.packing and bool(needs.presets),
@@ -194,7 +194,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _adapter_lines(config: RunConfig, lm: Any, manifest: Manifest) -> list[str]:
-    needs = needs_of(config.evaluation.methods)
+    needs = needs_of(config)
 
     def layout(settings: LoraSettings) -> LoraLayout:
         return LoraLayout.of(find_targets(lm, settings.target_modules, settings.layers), settings)
@@ -232,7 +232,7 @@ def _adapter_lines(config: RunConfig, lm: Any, manifest: Manifest) -> list[str]:
 def _worker_lines(config: RunConfig) -> list[str]:
     ranks, fleet = config.distributed, config.fleet
     lines = []
-    if needs_of(config.evaluation.methods).population:
+    if needs_of(config).population:
         stage = zero_stage(read_ds_file(ranks.deepspeed))
         lines.append(f"ranks        {ranks.num_ranks} x {ranks.num_cpus_per_rank} CPU, ZeRO stage {stage}")
     here = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"

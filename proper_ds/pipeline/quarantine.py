@@ -27,7 +27,7 @@ def give_up_unit(context: RunContext, unit: Unit, plan: SetPlan, reason: str) ->
     users = [user for user in range(unit.first, unit.stop) if plan.chosen[user] and has_history[user]]
     keys = [context.keys[user] for user in users]
     no_layout = LoraLayout((), config.user.lora.r, config.user.lora.lora_alpha)  # of adapters, of which there are none
-    store = open_store(context.folder.stage(f"store/{unit.part}").path)
+    store = open_store(context.folder.stage(unit.part).path)
     failures, losses = dict.fromkeys(keys, reason), dict.fromkeys(keys, (0, list[float]()))
     # without digests: the next update tries these users again
     store.put_unit(unit.name, {}, failures, losses, no_layout, config.store.dtype, version=plan.version)

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.prepare import describe_sources
+from proper_ds.data.recipe import PromptRecipe
 from proper_ds.data.sources import find_sources
 from proper_ds.distributed.ds_config import read_ds_file, said_of_optimizer
-from proper_ds.evaluation.methods import METHODS, needs_of
+from proper_ds.evaluation.methods import LaneNeeds, methods_of, needs_of
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
 from proper_ds.pipeline.kept import KEPT_STEPS, Kept
-from proper_ds.run_folder import RunFolder
+from proper_ds.run_folder import RunFolder, in_lane
 from proper_ds.training.config import PROPER_ONLY
 
 if TYPE_CHECKING:
@@ -28,9 +29,31 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 Where = Literal["driver", "ranks", "fleet"]
-STEPS = ("prepare", "base", "tokens", "population", "features", "group", "user", "router", "evaluate", "report")
+STEPS = (
+    "prepare",
+    "base",
+    "profiles",
+    "tokens",
+    "population",
+    "features",
+    "embeddings",
+    "pplug",
+    "plora",
+    "group",
+    "user",
+    "router",
+    "floors",
+    "evaluate",
+    "report",
+)
 """What people call the stages; some stand for several folders."""
 
+ANSWERING = ("floors", "evaluate")
+"""Steps that answer the questions of `evaluation.split`."""
+ENCODER = ("encoder", "encoder_revision", "pooling", "query_prefix")
+"""Settings of `pplug` that its embeddings depend on."""
+SHARED = ("prepared", "base")
+"""Stages that all lanes have in common."""
 RUN_ONLY = (
     "logging_steps",
     "save_steps",
@@ -46,7 +69,7 @@ class Stage:
     """One stage of one run.
 
     Attributes:
-        name: its folder below the run.
+        name: its folder below the run, with its lane.
         step: what people call it (see STEPS).
         where: who runs it.
         settings: everything it depends on besides the stages before it.
@@ -90,35 +113,68 @@ class StageList:
         self._prints: dict[str, str] = {}
         self._order = ""  # which user has which index; the same for all stages
         self.stages: list[Stage] = []
-        needs = needs_of(config.evaluation.methods)
+        needs = needs_of(config)
         self._inputs()
-        if needs.population:
-            self._add(
-                "population", "population", "ranks", self._rank_settings("population"), ["tokens"], self._origin()
-            )
-        if any(preset_of(preset, config.group.user_vector).user_vector == "encoder" for preset in needs.presets):
-            dtype = {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
-            data = ["tokens"] if self._kept.data_changed else []
-            self._add("features", "features", "fleet", dtype, ["population", *data])
-        for preset in needs.presets:
-            self._add_group(preset)
-        for adapter_set in needs.adapter_sets:
-            self._add_store(adapter_set)
-        for preset in needs.routers:
-            before = [f"group/{preset}", f"store/{preset}"]
-            self._add(f"router/{preset}", "router", "ranks", self._rank_settings("router"), before)
-        for preset in needs.joints:
-            settings = self._rank_settings("joint") | {"stored_as": config.store.dtype}
-            self._add(f"store/{preset}-joint", "router", "ranks", settings, [f"group/{preset}", f"store/{preset}"])
+        for lane in needs.lanes:
+            self._add_lane(lane)
         self._add_evaluation()
         self._kept.settle()
+
+    def _add_lane(self, needs: LaneNeeds) -> None:
+        """The stages that train under one kind of prompts."""
+        config, lane = self._config, needs.recipe.lane
+        self._add_tokens(needs.recipe)
+        if needs.population:
+            settings = self._rank_settings("population")
+            self._add("population", "population", "ranks", settings, ["tokens"], self._origin(lane), lane=lane)
+        stages = needs.stages(config.group.user_vector)
+        if in_lane("features", lane) in stages:
+            dtype = {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
+            data = ["tokens"] if self._kept.data_changed else []
+            self._add("features", "features", "fleet", dtype, ["population", *data], lane=lane)
+        self._add_rivals(needs)
+        for preset in needs.presets:
+            self._add_group(preset, lane)
+        for adapter_set in needs.adapter_sets:
+            self._add_store(adapter_set, lane)
+        for preset in needs.routers:
+            before = [f"group/{preset}", f"store/{preset}"]
+            self._add(f"router/{preset}", "router", "ranks", self._rank_settings("router"), before, lane=lane)
+        for preset in needs.joints:
+            settings = self._rank_settings("joint") | {"stored_as": config.store.dtype}
+            before = [f"group/{preset}", f"store/{preset}"]
+            self._add(f"store/{preset}-joint", "router", "ranks", settings, before, lane=lane)
 
     def __iter__(self) -> Any:
         return iter(self.stages)
 
+    @property
+    def data_digest(self) -> str:
+        """Of the data that the run reads, wherever it lies and however it is prepared."""
+        prepared = self.of("prepare")
+        if not prepared:
+            return self._prints["prepared"]
+        return digest_of([source["files"] for source in prepared[0].settings["sources"]])
+
     def of(self, *steps: str) -> list[Stage]:
         """The stages that belong to the given steps, in order."""
         return [stage for stage in self.stages if stage.step in steps]
+
+    def _add_rivals(self, needs: LaneNeeds) -> None:
+        """Learned user tokens and PLoRA."""
+        config, lane = self._config, needs.recipe.lane
+        if needs.pplugs:
+            encoder = {key: _dump(config.pplug)[key] for key in ENCODER}
+            if encoder["encoder"] is not None:
+                encoder["encoder_files"] = base_fingerprint(encoder["encoder"], encoder["encoder_revision"])
+            encoder |= {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
+            self._add("embeddings", "embeddings", "fleet", encoder, ["tokens"], lane=lane)
+        for name in needs.pplugs:
+            settings = {key: value for key, value in self._rank_settings("pplug").items() if key not in ENCODER}
+            before = ["population"] if name == "pplug/population" else []
+            self._add(name, "pplug", "ranks", settings, ["tokens", "embeddings", *before], lane=lane)
+        if needs.plora:
+            self._add("plora", "plora", "ranks", self._rank_settings("plora"), ["population"], lane=lane)
 
     def _add(
         self,
@@ -128,15 +184,27 @@ class StageList:
         settings: dict[str, Any],
         before: list[str],
         also: dict[str, Any] | None = None,
+        lane: str = "",
     ) -> None:
-        """`also` is written down with the result, and is no part of the fingerprint."""
-        made_from = {other: self._prints[other] for other in before} | {"order": self._order} | (also or {})
-        fingerprint, since = digest_of(name, settings, [self._prints[other] for other in before]), ""
+        """A stage of a lane.
+
+        Args:
+            name, before: within the lane.
+            also: is written down with the result, and is no part of the fingerprint.
+        """
+        prints = {other: self._print_of(other, lane) for other in before}
+        made_from = prints | {"order": self._order} | (also or {})
+        fingerprint, since = digest_of(name, settings, list(prints.values())), ""
+        name = in_lane(name, lane)
         marker = self._kept.marker(name, settings, made_from) if step in KEPT_STEPS else None
         if marker is not None:
             fingerprint, since = marker["fingerprint"], marker["finished"] if self._kept.data_changed else ""
         self._prints[name] = fingerprint
         self.stages.append(Stage(name, step, where, settings, fingerprint, made_from, since))
+
+    def _print_of(self, name: str, lane: str) -> str:
+        """Fingerprint of a stage of the lane, or of one that all lanes share."""
+        return self._prints[name if name in SHARED else in_lane(name, lane)]
 
     def _inputs(self) -> None:
         config, data = self._config, self._config.data
@@ -156,13 +224,26 @@ class StageList:
             assert config.base.model is not None
             self._prints["base"] = base_fingerprint(config.base.model, config.base.revision)
         self._kept.check_base(self._prints["base"])
-        settings = {
+
+    def _add_tokens(self, recipe: PromptRecipe) -> None:
+        config = self._config
+        settings: dict[str, Any] = {
             "max_length": config.base.max_length,
             "prompt_suffix": config.base.prompt_suffix,
-            "train_split": data.train_split,
+            "train_split": config.data.train_split,
             "max_new_tokens": config.evaluation.max_new_tokens,
         }
-        self._add("tokens", "tokens", "driver", settings, ["prepared", "base"])
+        before = ["prepared", "base"]
+        if not recipe.is_plain:
+            settings["recipe"] = recipe.settings(config.seed)
+        if recipe.profile == "model":
+            assert recipe.profile_model is not None, "checks.py sees to it"
+            model = base_fingerprint(recipe.profile_model, recipe.profile_revision)
+            about = {"model": model, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
+            about |= {key: value for key, value in settings["recipe"].items() if key.startswith(("profile", "seed"))}
+            self._add("profiles", "profiles", "fleet", about, ["prepared"], lane=recipe.lane)
+            before.append("profiles")
+        self._add("tokens", "tokens", "driver", settings, before, lane=recipe.lane)
         if self._kept:
             self._kept.compare("tokens", self._kept.made_from["text"], _text(settings))
             self._kept.data_changed |= self._prints["tokens"] != self._kept.made_from["tokens"]
@@ -196,25 +277,25 @@ class StageList:
             "train_split": config.data.train_split,
         }
 
-    def _origin(self) -> dict[str, Any]:
+    def _origin(self, lane: str) -> dict[str, Any]:
         """What the population stage writes down, so that later nights know what they keep."""
-        tokens = next(stage for stage in self.stages if stage.name == "tokens")
+        tokens = next(stage for stage in self.stages if stage.name == in_lane("tokens", lane))
         return {
             "prepared": self._prints["prepared"],
             "base": self._prints["base"],
             "text": _text(tokens.settings),
         }
 
-    def _add_group(self, preset: str) -> None:
+    def _add_group(self, preset: str, lane: str) -> None:
         settings = self._rank_settings("group")
         before, chosen = ["population"], preset_of(preset, self._config.group.user_vector)
         if chosen.user_vector == "encoder":
             before.append("features")
         if chosen.gate == "double_softmax":
             settings = {key: value for key, value in settings.items() if key not in PROPER_ONLY}
-        self._add(f"group/{preset}", "group", "ranks", settings, before)
+        self._add(f"group/{preset}", "group", "ranks", settings, before, lane=lane)
 
-    def _add_store(self, adapter_set: str) -> None:
+    def _add_store(self, adapter_set: str, lane: str) -> None:
         config = self._config
         settings = _dump(config.user)
         settings.pop("only_changed")
@@ -230,14 +311,17 @@ class StageList:
                 "router_users": [router.users, router.max_users],
                 "splits": [config.data.train_split, config.evaluation.split],
             }
+            if adapter_set == "OPPU" and needs_of(config).merged:
+                settings["num_anchors"] = config.merge.num_anchors
         before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
-        name = f"store/{adapter_set}"
-        made_from = {other: self._prints[other] for other in [*before, "tokens"]} | {"order": self._order}
+        name = in_lane(f"store/{adapter_set}", lane)
+        prints = {other: self._print_of(other, lane) for other in [*before, "tokens"]}
+        made_from = prints | {"order": self._order}
         begun = self._kept.begun(name, settings, made_from)
         if begun is None:
             data = ["tokens"] if self._kept.data_changed else []
-            fingerprint = digest_of(name, settings, [self._prints[other] for other in [*before, *data]])
-        elif begun["made_from"]["tokens"] == self._prints["tokens"] and begun["settings"] == settings:
+            fingerprint = digest_of(f"store/{adapter_set}", settings, [prints[other] for other in [*before, *data]])
+        elif begun["made_from"]["tokens"] == prints["tokens"] and begun["settings"] == settings:
             fingerprint = begun["fingerprint"]
         else:
             fingerprint = digest_of(name, settings, list(made_from.values()), begun["fingerprint"])
@@ -247,21 +331,24 @@ class StageList:
 
     def _add_evaluation(self) -> None:
         config, evaluation = self._config, self._config.evaluation
-        names = ("methods", "split", "closed_labels", "ordinal", "max_new_tokens")
+        names = ("split", "closed_labels", "ordinal", "max_new_tokens")
         settings = {name: _dump(evaluation)[name] for name in names}
         settings |= {"dtype": config.base.dtype, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
-        before = ["tokens"]
-        for name in evaluation.methods:
-            method = METHODS[name]
-            before += ["population"] if method.population else []
-            before += [f"group/{method.preset}"] if method.preset else []
-            before += [f"store/{method.adapter_set}"] if method.adapter_set else []
-            before += [f"router/{method.preset}"] if method.user_lora and method.gates == "lora" else []
-            before += [f"store/{method.joint_set}"] if method.joint_set else []
-        before = list(dict.fromkeys(before))
-        self._add("predictions", "evaluate", "fleet", settings, before)
+        methods = methods_of(config)
+        for method in methods:
+            if method.kind == "merged":
+                self._add(
+                    f"predictions/{method.name}", "evaluate", "fleet", settings | _dump(config.merge), method.stages
+                )
+            elif method.kind == "floor":
+                own = {"split": evaluation.split, "train_split": config.data.train_split, "seed": config.seed}
+                own |= {"max_examples": evaluation.max_floor_examples}
+                self._add(f"predictions/{method.name}", "floors", "driver", own, method.stages)
+            else:
+                self._add(f"predictions/{method.name}", "evaluate", "fleet", settings, method.stages)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}
-        self._add("report", "report", "driver", bootstrap, ["predictions"])
+        bootstrap["references"] = evaluation.compared_with
+        self._add("report", "report", "driver", bootstrap, [f"predictions/{method.name}" for method in methods])
 
 
 def _text(settings: dict[str, Any]) -> dict[str, Any]:

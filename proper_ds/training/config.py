@@ -218,3 +218,48 @@ class JointConfig(RouterConfig):
     memory. All others keep 3.1's adapter."""
     user_learning_rate: float = Field(default=2e-4, gt=0)
     """Of the users' adapters; it follows the same schedule. AdamW's other numbers, and `max_grad_norm`, are shared."""
+
+
+class PplugConfig(RankTraining):
+    """PPlug: a user token and an instruction token before a frozen base's input (arXiv 2409.11901)."""
+
+    encoder: str | None = None
+    """A sentence encoder, as a Hugging Face name or a folder; by default the frozen base's own last states."""
+    encoder_revision: str | None = None
+    pooling: Literal["mean", "cls"] = "mean"
+    """With an encoder: the mean over a text's tokens, or its first token (BGE)."""
+    query_prefix: str = ""
+    """With an encoder: put before questions, as BGE asks for."""
+    temperature: float = Field(default=0.1, gt=0)
+    """Of the softmax over the cosines of question and items; lower is sharper."""
+    history_dropout: float = Field(default=0.5, ge=0, lt=1)
+    """A training row forgets a random share, up to this, of the history."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    num_train_epochs: int = Field(default=2, ge=1)
+
+
+class PloraConfig(RankTraining):
+    """PLoRA: one LoRA for all users with each user's vector in its rank space (arXiv 2403.06208)."""
+
+    lora: LoraSettings = LoraSettings(r=8, lora_alpha=16)
+    user_vector_size: int = Field(default=32, ge=1)
+    user_learning_rate: float = Field(default=1e-2, gt=0)
+    """Of the users' vectors, which begin at zero and see few steps each; it follows the same schedule."""
+    generic_user_probability: float = Field(default=0.1, ge=0, lt=1)
+    """How often a training row forgets its user (personalised dropout), so that the generic user is learned too."""
+    mutual_information_weight: float = Field(default=0.0, ge=0)
+    """Weight of the term that brings the generic user's predictions towards the users'. Off, as in the released
+    configurations: it doubles the rows of every forward pass."""
+
+
+class MergeConfig(Section):
+    """Method `merged`: for each user the adapters of the most similar training users, merged without training."""
+
+    num_anchors: int = Field(default=50, ge=1)
+    """So many training users, those with most history, may be merged from (MTA's and Per-Pcs' bank)."""
+    num_neighbours: int = Field(default=3, ge=1)
+    """Adapters in one merge."""
+    temperature: float = Field(default=0.1, gt=0)
+    """Of the softmax over the cosines that weighs them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from proper_ds.model.base import (
 )
 from proper_ds.model.base_files import BaseFiles, empty_base
 from proper_ds.model.config import BaseConfig
-from proper_ds.run_folder import RunFolder
+from proper_ds.run_folder import RunFolder, StageFolder, in_lane
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -44,10 +45,19 @@ def base_dtype(base: BaseConfig, on_gpu: bool) -> torch.dtype:
 
 @dataclass
 class RunContext:
-    """One run as seen from one process."""
+    """One run, in one of its lanes, as seen from one process.
+
+    Attributes:
+        lane: which prompts are trained on and asked; "" for the plain ones.
+    """
 
     config: RunConfig
     device: torch.device
+    lane: str = ""
+
+    def stage(self, name: str) -> StageFolder:
+        """The folder of a stage of this lane."""
+        return self.folder.stage(in_lane(name, self.lane))
 
     @property
     def folder(self) -> RunFolder:
@@ -90,7 +100,7 @@ class RunContext:
     @cached_property
     def tokens(self) -> TokenData:
         """The tokenised examples."""
-        return TokenData(self.folder.stage("tokens").path)
+        return TokenData(self.stage("tokens").path)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -132,7 +142,7 @@ class RunContext:
 
     def _population(self) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
         """(A and B by module, scaling) of the run's population LoRA."""
-        row_P, layout = load_peft(self.folder.stage("population").path / "adapter")
+        row_P, layout = load_peft(self.stage("population").path / "adapter")
         return {name: (a[0], b[0]) for name, a, b in layout.views(row_P.unsqueeze(0))}, layout.scaling
 
     def population_switch(self, lm: Any) -> PopulationSwitch:
@@ -140,6 +150,31 @@ class RunContext:
         loras, scaling = self._population()
         targets = find_targets(lm, sorted({name.rsplit(".", 1)[-1] for name in loras}))
         return PopulationSwitch({name: targets[name] for name in loras}, loras, scaling)
+
+
+class Populations:
+    """One base under the population LoRAs of several lanes, one of them at a time; made before modules are wrapped."""
+
+    def __init__(self, lm: Any, contexts: Sequence[RunContext], *, and_without: bool) -> None:
+        """`and_without`: the plain base is wanted, too; else, with one lane, its weights are not kept."""
+        self._switches = {context.lane: context.population_switch(lm) for context in contexts}
+        self._now: str | None = None
+        self._is_fixed = len(contexts) == 1 and not and_without
+        if self._is_fixed:
+            self._now = contexts[0].lane
+            self._switches[self._now].set(True)
+            self._switches.clear()
+
+    def set(self, lane: str | None) -> None:
+        """Merge a lane's LoRA, or none."""
+        if lane == self._now:
+            return
+        assert not self._is_fixed, "the other weights were not kept"
+        if self._now is not None:
+            self._switches[self._now].set(False)
+        if lane is not None:
+            self._switches[lane].set(True)
+        self._now = lane
 
 
 class PopulationSwitch:

@@ -69,11 +69,11 @@ def is_written(folder: Path, first_user: int) -> bool:
     return (folder / f"{_PREFIX}{first_user:010d}.safetensors").exists()
 
 
-def previous_features(run: RunFolder) -> FeatureData | None:
+def previous_features(run: RunFolder, name: str = "features") -> FeatureData | None:
     """The newest features moved aside that were made on the population model of the running features stage."""
-    begun = run.stage("features").begun()
-    assert begun is not None, "the features stage was not begun"
-    for path in sorted(run.superseded("features"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    begun = run.stage(name).begun()
+    assert begun is not None, f"{name} was not begun"
+    for path in sorted(run.superseded(name), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         found = StageFolder(path.parent, path.name).inputs()
         if found is not None and found["made_from"].get("population") == begun["made_from"]["population"]:
             return FeatureData(path)

@@ -69,7 +69,7 @@ class GroupStage(RankStage):
         self._groups = ExpertGroups.make(
             ranks, largest_size(context.config.distributed.expert_parallel_size, ranks.num_ranks)
         )
-        features = FeatureData(context.folder.stage("features").path) if chosen.user_vector == "encoder" else None
+        features = FeatureData(context.stage("features").path) if chosen.user_vector == "encoder" else None
         sizes = group_sizes(settings, chosen, features, context.tokens.num_users)
         held = self._groups.share(sizes.num_experts)
         self._level = GroupLevel(layout, chosen, sizes, self._seed, held=held, with_table=False)
@@ -102,7 +102,7 @@ class GroupStage(RankStage):
             exchange=TokenExchange(self._groups) if crosses else None,
             shares=self._shares,
         )
-        self._gates = GateLog(self.name, self.section, self._level)
+        self._gates = GateLog(self.title, self.section, self._level)
         self.module.stats = self._gates.stats
 
     def about(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class GroupStage(RankStage):
 
     def _centroids(self, features: FeatureData, num_blocks: int) -> Tensor:
         """Made by the first rank, read by the others, so that all have the same bits."""
-        path = self.context.folder.stage(self.name).path / "blocks.safetensors"
+        path = self.context.stage(self.name).path / "blocks.safetensors"
         encoder = self._level.encoder
         assert encoder is not None
         if self._ranks.is_first and not path.exists():  # a stage that goes on keeps the blocks it was begun with
@@ -147,7 +147,7 @@ class GroupStage(RankStage):
                 raise UserError(f"group.num_blocks: {error}; lower it") from None
             sizes = torch.bincount(torch.cdist(encoder.normal(pooled_UF), centroids_BF).argmin(1), minlength=num_blocks)
             about = "%s: %d users in %d blocks, %d to %d a block"
-            get_logger().info(about, self.name, len(users), num_blocks, sizes.min(), sizes.max())
+            get_logger().info(about, self.title, len(users), num_blocks, sizes.min(), sizes.max())
             with atomic_path(path) as temporary:
                 save_file({"centroids": centroids_BF.contiguous()}, temporary)
         self._ranks.barrier()
@@ -195,7 +195,7 @@ class GroupStage(RankStage):
     def finish(self, weights: dict[str, Tensor], folder: Path) -> None:
         """See RankStage."""
         if not any(value.any() for name, value in weights.items() if name.endswith(".lora_B")):
-            raise AdapterError(f"{self.name}: no expert has any effect (all B are zero); raise group.learning_rate")
+            raise AdapterError(f"{self.title}: no expert has any effect (all B are zero); raise group.learning_rate")
         tensors = weights | self._buffers
         if self._level.encoder is None:
             table = UserTable(*tensors["user_table.weight"].shape)
@@ -211,13 +211,13 @@ class GroupStage(RankStage):
         """PEFT directories of the experts, unless there are too many for files of their own."""
         if level.num_experts > MAX_WRITTEN:
             how = "`proper-ds experts` writes them as PEFT directories"
-            get_logger().info("%s: %d experts are kept in one file; %s", self.name, level.num_experts, how)
+            get_logger().info("%s: %d experts are kept in one file; %s", self.title, level.num_experts, how)
             return
         base = self.context.config.base
         idle = write_experts(level, folder, range(level.num_experts), self.context.base_name, base.revision)
         if idle:
             numbers = ", ".join(map(str, idle))
-            get_logger().warning("%s: experts %s have no effect, so no directory is written", self.name, numbers)
+            get_logger().warning("%s: experts %s have no effect, so no directory is written", self.title, numbers)
 
 
 def group_apart(

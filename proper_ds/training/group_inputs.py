@@ -26,7 +26,7 @@ class GroupInputs:
         self._device = context.device
         self._forget, self._history_dropout, self._seed = forget, history_dropout, seed
         self._history, self._num_lines = num_history(context.tokens), level.sizes.num_users
-        folder = context.folder.stage("features").path
+        folder = context.stage("features").path
         self.features = FeatureData(folder) if level.encoder is not None else None
         self._block_U: np.ndarray | None = None
         if self.features is not None and level.encoder is not None and len(level.encoder.centroids):

@@ -79,7 +79,7 @@ class JointStage(RouterStage):
         Units that a training without a checkpoint left were of other weights, perhaps of other users: they are dropped.
         """
         if self._ranks.is_first:
-            start_over(self.context.folder.stage(self.name).path)
+            start_over(self.context.stage(self.name).path)
         self._ranks.barrier()
         rows, self._rows = self._rows, None
         self._model.attach_users(self._slots.modules())
@@ -96,7 +96,7 @@ class JointStage(RouterStage):
     def before_finish(self, checkpoint: Checkpoint) -> None:
         """Put the adapters into the store; a unit is the same users whatever the number of ranks, and put once."""
         context, version = self.context, 1
-        store = open_store(context.folder.stage(self.name).path)
+        store = open_store(context.stage(self.name).path)
         layout, dtype = self._adapters.layout, context.config.store.dtype
         for number, users in list(self._units())[self._ranks.rank :: self._ranks.num_ranks]:
             unit, start = f"joint-{number:06d}", number * USERS_PER_UNIT

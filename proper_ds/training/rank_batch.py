@@ -16,6 +16,7 @@ from proper_ds.data.batches import Batch, Step, collate
 from proper_ds.data.tokens import Example, TokenData
 from proper_ds.files import seed_of
 from proper_ds.model.dropout import token_keys
+from proper_ds.model.persona import PersonaInputs
 from proper_ds.model.routing import Rows
 
 Tensor = torch.Tensor
@@ -30,6 +31,7 @@ class RankBatch:
         num_targets, num_rows: of the whole step over all ranks and micro-batches: what losses are divided by.
         features_RF, known_R, block_R: for the user encoder.
         line_R: for the user table.
+        persona: for personal tokens.
     """
 
     batch: Batch
@@ -41,6 +43,7 @@ class RankBatch:
     known_R: Tensor | None = None
     block_R: Tensor | None = None
     line_R: Tensor | None = None
+    persona: PersonaInputs | None = None
 
     @property
     def examples(self) -> Sequence[Example]:

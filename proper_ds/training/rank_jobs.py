@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from proper_ds.distributed.ranks import Ranks
 from proper_ds.observe.log import get_logger
+from proper_ds.run_folder import split_lane
 from proper_ds.training.context import RunContext
 from proper_ds.training.group import GroupStage
 from proper_ds.training.joint import JointStage
+from proper_ds.training.plora import PloraStage
 from proper_ds.training.population import PopulationStage
+from proper_ds.training.pplug import PplugStage
 from proper_ds.training.rank_stage import CHECKPOINT, RankStage, run_rank_stage
 from proper_ds.training.router import RouterStage
 
@@ -20,10 +24,19 @@ if TYPE_CHECKING:
 
 
 def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
-    """The stage called `population`, `group/<preset>`, `router/<preset>` or `store/<preset>-joint`."""
-    kind, _, preset = name.partition("/")
+    """The stage of this full name, in its lane.
+
+    It is `population`, `group/<preset>`, `router/<preset>`, `store/<preset>-joint`, `pplug/<base>` or `plora`.
+    """
+    own_name, lane = split_lane(name)
+    context = replace(context, lane=lane)
+    kind, _, preset = own_name.partition("/")
     if kind == "population":
         return PopulationStage(context)
+    if kind == "pplug":
+        return PplugStage(context, with_population=preset == "population")
+    if kind == "plora":
+        return PloraStage(context, ranks)
     if kind == "store":
         return JointStage(context, preset.removesuffix("-joint"), ranks)
     return GroupStage(context, preset, ranks) if kind == "group" else RouterStage(context, preset, ranks)

@@ -28,6 +28,7 @@ from proper_ds.files import seed_of
 from proper_ds.model.checkpointing import checkpoint_layers
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
+from proper_ds.run_folder import in_lane
 from proper_ds.training.config import RankTraining
 from proper_ds.training.context import RunContext
 from proper_ds.training.rank_batch import RankBatch
@@ -45,7 +46,7 @@ class RankStage(ABC):
     """One of the stages that run on ranks.
 
     Attributes:
-        name: the stage's folder below the run, as `group/proper`; also its name in metrics.
+        name: the stage's folder within its lane, as `group/proper`.
         section: its section in the configuration.
         module: maps a RankBatch to (loss, numbers to log).
         num_owners: examples of owner o go to ranks r with `r % num_owners == o`; 1 where any rank may see any.
@@ -59,6 +60,11 @@ class RankStage(ABC):
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
+
+    @property
+    def title(self) -> str:
+        """The stage's full name, in metrics and messages."""
+        return in_lane(self.name, self.context.lane)
 
     @property
     @abstractmethod
@@ -148,14 +154,14 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> int:
         Examples of each optimizer step over all ranks: as configured, or as the checkpoint was begun with.
     """
     settings = stage.settings
-    folder = stage.context.folder.stage(stage.name).path
+    folder = stage.context.stage(stage.name).path
     checkpoints = Checkpoints(folder / CHECKPOINT, fingerprint, settings.save_total_limit)
     metrics = MetricsFile(stage.context.folder.metrics)
     checkpoint = checkpoints.latest(ranks)
     for damage in checkpoints.warnings:
         warning = f"{damage}; the checkpoint before it is taken"
-        get_logger().warning("%s: %s", stage.name, warning)
-        metrics.log(stage.name, warning=warning)
+        get_logger().warning("%s: %s", stage.title, warning)
+        metrics.log(stage.title, warning=warning)
     train_batch_size = settings.global_batch_size(stage.context.config.distributed.num_ranks)
     if checkpoint is not None:
         train_batch_size = checkpoint.about["train_batch_size"]
@@ -176,7 +182,7 @@ def run_rank_stage(stage: RankStage, ranks: Ranks, fingerprint: str) -> int:
         saving.save(plan.num_steps, engine)
         checkpoint = checkpoints.latest(ranks)
         if checkpoint is None or checkpoint.num_steps < plan.num_steps:
-            raise FleetError(f"{stage.name}: {'; '.join(checkpoints.warnings)}, just written; look at the storage")
+            raise FleetError(f"{stage.title}: {'; '.join(checkpoints.warnings)}, just written; look at the storage")
     assert checkpoint is not None
     stage.check_result(_any_batch(stage, plan, ranks), ranks)
     stage.before_finish(checkpoint)
@@ -210,13 +216,13 @@ def _say_where_it_begins(
 ) -> None:
     """For the log and, by way of the metrics, for the driver's terminal."""
     first = checkpoint.num_steps if checkpoint is not None else 0
-    metrics.log(stage.name, event="begins", from_step=first, num_steps=plan.num_steps, **about)
+    metrics.log(stage.title, event="begins", from_step=first, num_steps=plan.num_steps, **about)
     if checkpoint is None:
         return
-    get_logger().info("%s: goes on after step %d of %d", stage.name, first, plan.num_steps)
+    get_logger().info("%s: goes on after step %d of %d", stage.title, first, plan.num_steps)
     before = {name: checkpoint.about.get(name) for name in about}
     if before != about:
-        get_logger().info("%s: the checkpoint was written under %s, it goes on under %s", stage.name, before, about)
+        get_logger().info("%s: the checkpoint was written under %s, it goes on under %s", stage.title, before, about)
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -249,7 +255,7 @@ def _train(
 ) -> None:
     settings, ranks = stage.settings, engine.ranks
     first = checkpoint.num_steps if checkpoint is not None else 0
-    window = _Window(stage.name, plan.num_steps, metrics)
+    window = _Window(stage.title, plan.num_steps, metrics)
     told = settings.per_device_train_batch_size
     for number, step in enumerate(plan.steps(first), start=first):
         if step.largest > told:
@@ -266,7 +272,7 @@ def _train(
         try:
             window.add(engine.step(batches, rate), step)
         except FleetError as error:
-            raise FleetError(f"{stage.name}, step {done}: {error}") from None
+            raise FleetError(f"{stage.title}, step {done}: {error}") from None
         if done % settings.logging_steps == 0 or done == plan.num_steps:
             window.close(done, rate, ranks, stage.log_more(ranks))
         if done % settings.save_steps == 0 and done < plan.num_steps:
@@ -281,8 +287,8 @@ def _say_how_large(stage: RankStage, num: int, number: int, metrics: MetricsFile
         f" holds; if memory is short, lower it beside a {stage.section}.train_batch_size: micro-batches are more then,"
         " and smaller"
     )
-    get_logger().warning("%s: %s", stage.name, warning)
-    metrics.log(stage.name, warning=warning)
+    get_logger().warning("%s: %s", stage.title, warning)
+    metrics.log(stage.title, warning=warning)
 
 
 def _any_batch(stage: RankStage, plan: StepPlan, ranks: Ranks) -> RankBatch:
@@ -323,6 +329,7 @@ class _Window:
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
+                num_tokens=int(num_tokens),
                 tokens_per_s=num_tokens / seconds,
                 **values,
                 **more,

@@ -53,7 +53,7 @@ class RouterStage(RankStage):
         self.name, self._ranks = self._name_of(preset), ranks
         config, settings, tokens = context.config, self.settings, context.tokens
         self._seed = seed_of(config.seed, self.name)
-        self._path = context.folder.stage(f"group/{preset}").path / "level.safetensors"
+        self._path = context.stage(f"group/{preset}").path / "level.safetensors"
         groups = ExpertGroups.make(ranks, largest_size(config.distributed.expert_parallel_size, ranks.num_ranks))
         held = groups.share(config.group.num_experts)
         self._level = GroupLevel.load(self._path, held).to(context.device)
@@ -76,7 +76,7 @@ class RouterStage(RankStage):
             0.0,
             exchange=TokenExchange(groups) if groups.size > 1 else None,
         )
-        self._gates = GateLog(self.name, self.section, self._level)
+        self._gates = GateLog(self.title, self.section, self._level)
         self.module.stats = self._gates.stats
         self._users = self._chosen_users()
         self._examples = training_examples(
@@ -88,7 +88,7 @@ class RouterStage(RankStage):
 
         A collective.
         """
-        folder = self.context.folder.stage(self.name).path
+        folder = self.context.stage(self.name).path
         path = folder / "users.npy"
         if any_complete(folder / CHECKPOINT, self._ranks):
             found: np.ndarray = np.load(path, allow_pickle=False)
@@ -97,7 +97,7 @@ class RouterStage(RankStage):
         split = config.data.train_split
         mask = router_users(self.context.tokens, settings.users, settings.max_users, split, config.seed)
         mask = self._adapters.stored(mask)
-        mask = self._adapters.without_damaged(mask, settings.max_damaged_share, self._ranks, self.name)
+        mask = self._adapters.without_damaged(mask, settings.max_damaged_share, self._ranks, self.title)
         if self._ranks.is_first:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.save(file, mask, allow_pickle=False)
@@ -117,8 +117,10 @@ class RouterStage(RankStage):
         after = self._probe(engine)
         self.drop_counts()  # of what was probed
         if self._ranks.is_first:
-            metrics.log(self.name, event="gates exchanged", loss_user_gates=before, loss_lora_gates=after)
-            get_logger().info("%s: loss %.4f under user-aware gates, %.4f after the exchange", self.name, before, after)
+            metrics.log(self.title, event="gates exchanged", loss_user_gates=before, loss_lora_gates=after)
+            get_logger().info(
+                "%s: loss %.4f under user-aware gates, %.4f after the exchange", self.title, before, after
+            )
 
     def _route_by(self, routers: dict[str, Router]) -> None:
         for name, mixture in self._level.by_module().items():

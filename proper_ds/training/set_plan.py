@@ -13,6 +13,7 @@ from proper_ds.files import atomic_path
 from proper_ds.observe.log import get_logger
 from proper_ds.run_folder import StageFolder
 from proper_ds.store.elsewhere import open_store
+from proper_ds.training.anchors import merge_anchors, needs_anchors
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import num_history, router_users, users_with_queries
 
@@ -58,13 +59,19 @@ def ensure_plan(context: RunContext, place: StageFolder) -> SetPlan:
 
 
 def users_to_train(context: RunContext) -> np.ndarray:
-    """Mask over the users that get an adapter (`user.users`): all with history, or only those that are needed."""
+    """Mask over the users that get an adapter (`user.users`): all with history, or only those that are needed.
+
+    Needed are users who are evaluated, those the router learns from, and those method `merged` merges from.
+    """
     config, tokens = context.config, context.tokens
     mask = num_history(tokens) > 0
     if config.user.users == "needed":
         router = config.router
         chosen = router_users(tokens, router.users, router.max_users, config.data.train_split, config.seed)
-        mask = mask & (users_with_queries(tokens, config.evaluation.split) | chosen)
+        chosen = chosen | users_with_queries(tokens, config.evaluation.split)
+        if needs_anchors(config):
+            chosen = chosen | merge_anchors(tokens, config)
+        mask = mask & chosen
     return mask
 
 

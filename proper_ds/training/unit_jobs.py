@@ -20,14 +20,16 @@ from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.user_vectors import pooled
 from proper_ds.observe.log import get_logger
+from proper_ds.run_folder import split_lane
 from proper_ds.store.elsewhere import check_in_place, open_store
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData, compute_features, previous_features, write_features
+from proper_ds.training.lanes import Lanes
 from proper_ds.training.selection import num_history, table_line
 from proper_ds.training.set_plan import SetPlan
 from proper_ds.training.slots import UserTask
-from proper_ds.training.users import UserResult, train_users
+from proper_ds.training.users import Counters, UserResult, train_users
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -52,7 +54,7 @@ class UserRange(Protocol):
 
     @property
     def part(self) -> str:
-        """Which part of the job it belongs to: for adapters, their set."""
+        """The full name of the stage that it belongs to."""
 
 
 def history_of(context: RunContext, user: int, newest: int | None = None) -> list[Example]:
@@ -77,39 +79,46 @@ def user_vector(level: GroupLevel, features: FeatureData | None, user: int, num_
 
 
 class FeaturesJob:
-    """Features of the history items of each unit's users, on the population model.
+    """Features of the history items of each unit's users, on the population model of the unit's lane.
 
     In an update, those of users whose history did not change are taken from the night before.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self._context = RunContext(config, device)
-        lm = self._context.load_lm(with_population=True)
-        self._model = PersonalModel(lm, {})
-        self._folder = self._context.folder.stage("features").path
-        self._width = 2 * lm.config.hidden_size
-        self._before = previous_features(self._context.folder)
+    def __init__(self, config: RunConfig, device: torch.device, lanes: list[str]) -> None:
+        self._lanes = Lanes(config, device, lanes)
+        self._model = PersonalModel(self._lanes.lm, {})
+        self._width = 2 * self._lanes.lm.config.hidden_size
+        self._before: dict[str, FeatureData | None] = {}
 
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""
-        digests = self._context.tokens.history_digests(unit.first, unit.stop)
-        histories = [history_of(self._context, user) for user in range(unit.first, unit.stop)]
+        start_s, context = time.perf_counter(), self._lanes.enter(unit.part)
+        if unit.part not in self._before:
+            self._before[unit.part] = previous_features(context.folder, unit.part)
+        before = self._before[unit.part]
+        digests = context.tokens.history_digests(unit.first, unit.stop)
+        histories = [history_of(context, user) for user in range(unit.first, unit.stop)]
         parts: dict[int, Tensor] = {}
-        if self._before is not None:
+        if before is not None:
             for n, digest in enumerate(digests):
-                found_IF = self._before.items_of_history(unit.first + n, digest)
+                found_IF = before.items_of_history(unit.first + n, digest)
                 if found_IF is not None:
                     parts[n] = found_IF
         num_taken = len(parts)
         missing = [n for n in range(len(histories)) if n not in parts]
         examples = [example for n in missing for example in histories[n]]
-        budget = self._context.config.evaluation.num_tokens_per_batch
+        budget = context.config.evaluation.num_tokens_per_batch
         made_IF = compute_features(self._model, examples, budget) if examples else torch.zeros(0, self._width)
         parts |= dict(zip(missing, made_IF.split([len(histories[n]) for n in missing]), strict=True))
         counts = [len(history) for history in histories]
         items_IF = torch.cat([parts[n] for n in range(len(counts))])
-        write_features(self._folder, unit.first, counts, items_IF, digests)
-        return {"num_users": len(counts), "num_taken": num_taken, "num_tokens": sum(len(e.ids) for e in examples)}
+        write_features(context.stage("features").path, unit.first, counts, items_IF, digests)
+        return {
+            "num_users": len(counts),
+            "num_taken": num_taken,
+            "num_tokens": sum(len(e.ids) for e in examples),
+            "seconds": time.perf_counter() - start_s,
+        }
 
 
 @dataclass(frozen=True)
@@ -130,44 +139,45 @@ class _Set:
 class UsersJob:
     """Adapters of each unit's users: set `OPPU` on the population model, or a preset's set on its group level.
 
-    The base is held once; only the group level changes between units of different sets.
+    The base is held once; between units of different sets the group level changes, and the lane's population LoRA.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, stores: dict[str, str]) -> None:
-        """`stores` are locations by set, as the driver has them: one left over must not find those of a later run."""
-        self._context = RunContext(config, device)
-        lm = self._context.load_lm(with_population=True)
-        lora = config.user.lora
+        """`stores` are locations by stage, as the driver has them: one left over must not find those of a later run."""
+        self._config = config
+        self._lanes = Lanes(config, device, list(dict.fromkeys(split_lane(name)[1] for name in stores)))
+        lm, lora = self._lanes.lm, config.user.lora
         if config.user.share_prefix:
             check_masks(lm, "user.share_prefix")
         names = sorted({*lora.target_modules, *config.group.lora.target_modules})
         self._layout = LoraLayout.of(find_targets(lm, lora.target_modules, lora.layers), lora)
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._levels: dict[str, GroupLevel] = {}
-        self._features: FeatureData | None = None
+        self._features: dict[str, FeatureData] = {}
         self._locations, self._sets = stores, dict[str, _Set]()
 
     def _set_of(self, name: str) -> _Set:
         if name not in self._sets:
-            plan = SetPlan.read(self._context.folder.stage(f"store/{name}"))
+            plan = SetPlan.read(self._lanes.folder.stage(name))
             location = self._locations[name]
             self._sets[name] = _Set(plan, open_store(location), open_store(location))
         return self._sets[name]
 
-    def _level_of(self, adapter_set: str) -> GroupLevel | None:
+    def _level_of(self, context: RunContext, name: str) -> GroupLevel | None:
+        adapter_set = split_lane(name)[0].removeprefix("store/")
         if adapter_set == "OPPU":
             return None
-        if adapter_set not in self._levels:
-            path = self._context.folder.stage(f"group/{adapter_set}").path / "level.safetensors"
-            self._levels[adapter_set] = GroupLevel.load(path).to(self._context.device)
-            if self._levels[adapter_set].encoder is not None and self._features is None:
-                self._features = FeatureData(self._context.folder.stage("features").path)
-        return self._levels[adapter_set]
+        if name not in self._levels:
+            path = context.stage(f"group/{adapter_set}").path / "level.safetensors"
+            self._levels[name] = GroupLevel.load(path).to(context.device)
+            if self._levels[name].encoder is not None and context.lane not in self._features:
+                self._features[context.lane] = FeatureData(context.stage("features").path)
+        return self._levels[name]
 
-    def _task(self, user: int, level: GroupLevel | None, start_P: Tensor | None) -> UserTask:
-        context = self._context
+    def _task(self, context: RunContext, user: int, level: GroupLevel | None, start_P: Tensor | None) -> UserTask:
         examples = history_of(context, user, context.config.user.max_history_items)
-        vector_U = user_vector(level, self._features, user, len(examples)) if level is not None else None
+        features = self._features.get(context.lane)
+        vector_U = user_vector(level, features, user, len(examples)) if level is not None else None
         return UserTask(context.keys[user], examples, vector_U, start_P)
 
     def _starts(self, name: str, keys: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -178,7 +188,7 @@ class UsersJob:
             return {}, {}
         if store.layout != self._layout:
             raise StoreError(
-                f"store/{name} holds adapters of another layout than user.lora asks for, which user.only_changed"
+                f"{name} holds adapters of another layout than user.lora asks for, which user.only_changed"
                 " cannot start from; put user.lora back, or train all anew without user.only_changed"
             )
         try:
@@ -193,29 +203,26 @@ class UsersJob:
                 damaged[key] = f"the adapter to start from cannot be read: {error}"
         return starts, damaged
 
-    def _digests(self, users: list[int]) -> list[str]:
-        tokens = self._context.tokens
-        found = tokens.history_digests(users[0], users[-1] + 1) if users else []
-        return [found[user - users[0]] for user in users]
-
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""
-        config, start_s = self._context.config, time.perf_counter()
+        config, start_s = self._config, time.perf_counter()
         held = self._set_of(unit.part)
         if held.store.has_unit(unit.name, held.plan.version):
             # a retry after a commit must not start from what that commit stored
             return {"num_users": 0, "num_failed": 0, "num_bytes": 0, "seconds": 0.0}
-        level = self._level_of(unit.part)
+        context = self._lanes.enter(unit.part)
+        level = self._level_of(context, unit.part)
         by_module = level.by_module() if level is not None else None
         self._model.attach_groups(by_module, config.group.lora.lora_dropout)
         # somebody chosen may have been forgotten since
-        has_history = num_history(self._context.tokens) > 0
+        has_history = num_history(context.tokens) > 0
         users = [user for user in range(unit.first, unit.stop) if held.plan.chosen[user] and has_history[user]]
-        starts, damaged = self._starts(unit.part, [self._context.keys[user] for user in users])
-        users = [user for user in users if self._context.keys[user] not in damaged]
-        tasks = [self._task(user, level, starts.get(self._context.keys[user])) for user in users]
-        results = train_users(self._model, self._layout, tasks, config.user, config.seed)
-        digests = dict(zip((task.key for task in tasks), self._digests(users), strict=True))
+        starts, damaged = self._starts(unit.part, [context.keys[user] for user in users])
+        users = [user for user in users if context.keys[user] not in damaged]
+        tasks = [self._task(context, user, level, starts.get(context.keys[user])) for user in users]
+        counters = Counters()
+        results = train_users(self._model, self._layout, tasks, config.user, config.seed, counters)
+        digests = dict(zip((task.key for task in tasks), _digests(context, users), strict=True))
         # without digests: the next update tries these users again
         results += [UserResult(key, None, reason) for key, reason in damaged.items()]
         results, num_bytes = self._commit(unit, results, digests)
@@ -225,6 +232,7 @@ class UsersJob:
             "num_failed": len(results) - len(trained),
             "num_warm": len(starts),
             "num_bytes": num_bytes,
+            "num_tokens": counters.whole.num_tokens,
             "first_loss": _mean([result.losses[0] for result in trained]),
             "last_loss": _mean([result.losses[-1] for result in trained]),
             "seconds": time.perf_counter() - start_s,
@@ -236,7 +244,7 @@ class UsersJob:
         """Put the unit without users who were forgotten meanwhile; (the results that are left, bytes of the pack)."""
         held = self._sets[unit.part]
         check_in_place(held.store)
-        forgotten = Forgotten.read(self._context.folder.root)  # forgetting begins with this list
+        forgotten = Forgotten.read(self._lanes.folder.root)  # forgetting begins with this list
         kept = [result for result in results if not forgotten.has(result.key)]
         if len(kept) < len(results):
             get_logger().warning("%s: %d users were forgotten meanwhile", unit.name, len(results) - len(kept))
@@ -251,11 +259,16 @@ class UsersJob:
             failed,
             {result.key: (result.num_items, result.losses) for result in kept},
             self._layout,
-            self._context.config.store.dtype,
+            self._config.store.dtype,
             version=held.plan.version,
             digests=digests,
         )
         return kept, num_bytes
+
+
+def _digests(context: RunContext, users: list[int]) -> list[str]:
+    found = context.tokens.history_digests(users[0], users[-1] + 1) if users else []
+    return [found[user - users[0]] for user in users]
 
 
 def _mean(values: list[float]) -> float | None:

@@ -28,7 +28,7 @@ class UserAdapters:
 
     def __init__(self, context: RunContext, adapter_set: str) -> None:
         self._context = context
-        self._store = open_store(context.folder.stage(f"store/{adapter_set}").path)
+        self._store = open_store(context.stage(f"store/{adapter_set}").path)
         self._name = f"store/{adapter_set}"
 
     @property

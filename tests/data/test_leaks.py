@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proper_ds.data.config import DataConfig
+from proper_ds.data.leaks import MIN_SHINGLES, SHINGLE_WORDS, LeakGuard
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
+from proper_ds.data.records import HistoryItem
+from proper_ds.data.tasks import TASKS
 from proper_ds.errors import DataError
 
 RATE = "What is the score? review: "
@@ -86,7 +91,13 @@ def test_time_based_split_teaches_old_questions_as_history(lamp_folder, tmp_path
 
 def test_the_shared_data_sets_have_no_leaks(shared_data, tmp_path):
     for task in ("movie_rating", "acl_author", "acl_title", "email_polish"):
-        assert run(shared_data / task, tmp_path / task).manifest.num_users > 100
+        manifest = run(shared_data / task, tmp_path / task).manifest
+        assert manifest.num_users > 100 and not manifest.set_aside.get("near_duplicate")
+
+
+def test_people_who_post_the_same_thing_twice_are_noticed(shared_data, tmp_path):
+    manifest = run(shared_data / "usenet_topic", tmp_path / "out").manifest
+    assert manifest.set_aside["near_duplicate"] == 19 and manifest.num_users > 2000
 
 
 @pytest.mark.parametrize(("answer", "leaks"), [("positive", False), ("I would never buy it again", True)])
@@ -109,3 +120,91 @@ def test_one_odd_wording_does_not_blind_the_guard(lamp_folder, tmp_path, caplog)
     with pytest.raises(DataError, match="the same input text"):
         run(folder, tmp_path / "out")
     assert "the questions share no beginning" in caplog.text
+
+
+LONG = "the quick brown fox jumps over the lazy dog while seven old owls watch from a dark tree near the river"
+
+
+def near_copy(lamp_folder, text, own, folder="lamp"):
+    profile = [{"id": "a", "text": own, "score": "4"}]
+    return lamp_folder([lamp3("1", "u", text, profile)], [{"id": "1", "output": "4"}], task="LaMP_3", folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("own", "near"),
+    [
+        (LONG + " tonight", True),
+        (LONG.upper().replace(" ", ", "), True),
+        ("He wrote: " + LONG + " and much more followed that nobody had quoted before", True),
+        (" ".join(LONG.split()[:11]), False),  # twelve words are the least that is compared
+        (" ".join(reversed(LONG.split())), False),
+        (LONG.replace("brown", "red").replace("seven", "two"), False),  # some runs differ: a likeness, not a copy
+    ],
+)
+def test_near_copies_are_refused_set_aside_or_allowed(lamp_folder, tmp_path, own, near):
+    folder = near_copy(lamp_folder, LONG, own)
+    data = run(folder, tmp_path / "aside")
+    assert data.manifest.set_aside.get("near_duplicate", 0) == near
+    assert data.manifest.splits.get("train", {"num_queries": 0})["num_queries"] == (not near)
+    allowed = run(folder, tmp_path / "allowed", near_duplicates="allow").manifest
+    assert (allowed.num_near_duplicates, allowed.splits["train"]["num_queries"]) == (near, 1)
+    if near:
+        with pytest.raises(DataError, match=r"1 question with a near copy in the same user's history[\s\S]*\(id 1\)"):
+            run(folder, tmp_path / "refused", near_duplicates="refuse")
+
+
+def test_a_near_copy_of_the_gold_is_found_and_a_strangers_is_none(lamp_folder, tmp_path):
+    mail = "Paraphrase the following tweet without any explanation before or after it: "
+    profile = [{"id": "a", "original": "other words", "text": LONG + " indeed"}]
+    rows = [("1", "u", profile), ("2", "v", [{"id": "a", "original": "hello", "text": "there"}])]
+    questions = [{"id": n, "user_id": user, "input": f"{mail}text {n}", "profile": own} for n, user, own in rows]
+    folder = lamp_folder(questions, [{"id": n, "output": LONG} for n in "12"], task="LaMP_7")
+    data = run(folder, tmp_path / "out")
+    assert [query.id for user in data.users() for query in user.queries] == ["2"]
+    (listed,) = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").open()]
+    assert listed["kind"] == "near_duplicate" and "near copy of the answer" in listed["reason"]
+
+
+WORDS = st.lists(st.integers(0, 10**6), min_size=SHINGLE_WORDS + MIN_SHINGLES - 1, max_size=60, unique=True)
+
+
+@given(WORDS, st.data())
+def test_a_planted_stretch_is_found_wherever_it_stands(words, data):
+    """However it is wrapped and cut at the ends, four fifths of a text within another are a near copy."""
+    text = " ".join(f"w{n}" for n in words)
+    kept = max(SHINGLE_WORDS + MIN_SHINGLES - 1, -(-len(words) * 9 // 10))
+    start = data.draw(st.integers(0, len(words) - kept))
+    planted = " ".join(["before", *(f"W{n}!" for n in words[start : start + kept]), "after it"])
+    item = HistoryItem("a", "LaMP_3", 0, planted, "4")
+    found = LeakGuard([(item, frozenset({"dev"}))]).find(TASKS["LaMP_3"], "", text, "4")
+    assert found is not None and found[0] == "near" and found[2] == {"dev"}
+
+
+def test_questions_older_than_the_history_are_counted(lamp_folder, tmp_path, caplog):
+    own = [{"id": "a", "text": "first", "score": "1", "date": "2020-01-01"}]
+    questions = [lamp3("q1", "u", "second", own) | {"date": "2019-05-05"}]
+    questions += [lamp3("q2", "v", "third", own) | {"date": "2021-05-05"}, lamp3("q3", "w", "fourth", own)]
+    folder = lamp_folder(questions, [{"id": f"q{n}", "output": "5"} for n in (1, 2, 3)], split="dev", task="LaMP_3")
+    assert run(folder, tmp_path / "out").manifest.num_before_history == 1
+    assert "1 questions are older" in caplog.text
+
+
+def test_some_training_users_are_set_apart_for_choices(lamp_folder, tmp_path):
+    own = [{"id": "a", "text": "first", "score": "1"}]
+    keys = [f"u{n}" for n in range(60)]
+    golds = [{"id": key, "output": "5"} for key in keys]
+    lamp_folder([lamp3(key, key, f"text of {key}", own) for key in keys], golds, task="LaMP_3")
+    asked = [lamp3(f"d{key}", f"d{key}", "late", own) for key in keys]
+    golds = [{"id": row["id"], "output": "5"} for row in asked]
+    folder = lamp_folder(asked, golds, split="dev", task="LaMP_3")
+
+    def splits(**config):
+        users = run(folder, tmp_path / "out", **config).users()
+        return {user.key: {query.split for query in user.queries} for user in users}
+
+    found = splits(tune_share=0.3)
+    tuned = {key for key, names in found.items() if names == {"tune"}}
+    assert 8 <= len(tuned) <= 28 and all(key.startswith("u") for key in tuned)
+    assert all(found[f"d{key}"] == {"dev"} for key in keys)
+    assert {key for key, names in splits(tune_share=0.6).items() if names == {"tune"}} > tuned
+    assert splits().keys() == found.keys() and {"tune"} not in splits().values()

@@ -26,6 +26,9 @@ ITEMS = {
     "LaMP_5": ({"id": "1", "title": "T", "abstract": "A"}, "T", "paper: A", "T A"),
     "LaMP_6": ({"id": "1", "text": "X", "title": "T"}, "T", "email: X", ""),
     "LaMP_7": ({"id": "1", "text": "X"}, "X", "tweet:", "X"),
+    "LongLaMP_abstract": ({"text": '"T"', "output": "A"}, "A", 'for the title "T"', '"T" A'),
+    "LongLaMP_topic": ({"text": "S", "output": "C"}, "C", "reddit post S", "S C"),
+    "LongLaMP_review": ({"text": '"5.0" for P', "output": "R"}, "R", 'overall rating of "5.0" for P', '"5.0" for P R'),
     "generic": ({"id": "1", "input": "I", "output": "O"}, "O", "I", ""),
 }
 

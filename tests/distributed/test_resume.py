@@ -103,7 +103,7 @@ def whole_and_cut(path: str) -> None:
     if ranks.is_first:
         config = load_config(path)
         RunFolder(folder).stage("features").begin("inputs")
-        FeaturesJob(config, torch.device("cpu")).run(Unit(0, NUM_USERS, 1, "", NUM_USERS))
+        FeaturesJob(config, torch.device("cpu"), [""]).run(Unit(0, NUM_USERS, 1, "features", NUM_USERS))
         cut = copy(folder, "cut")
         (cut.with_suffix("") / "metrics.jsonl").unlink()
         for name in ("sparse-whole", "sparse-cut"):

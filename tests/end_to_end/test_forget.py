@@ -129,10 +129,10 @@ def test_nobody_else_is_touched(gone):
     assert np.array_equal(old.column("num_tokens"), new.column("num_tokens")), "work units must not move"
     for a, b in zip(old.examples(np.flatnonzero(others)), new.examples(np.flatnonzero(others)), strict=True):
         assert np.array_equal(a.ids, b.ids)
-    for path in (gone.before / "predictions/proper").glob("*.json"):
+    for path in (gone.before / "predictions/proper/lamp").glob("*.json"):
         asked = {query.id for query in gone.user.queries}
         golds = json.loads(path.read_text())["golds"]
-        left = json.loads((gone.folder / "predictions/proper" / path.name).read_text())["golds"]
+        left = json.loads((gone.folder / "predictions/proper/lamp" / path.name).read_text())["golds"]
         assert left == [gold for gold in golds if gold["id"] not in asked]
         assert len(left) < len(golds)
 

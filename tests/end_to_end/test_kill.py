@@ -87,8 +87,12 @@ class Driver:
 
 def committed(folder: Path) -> dict[Path, int]:
     """Every file that says that something is finished, with the time it was written."""
-    names = ("*/done.json", "group/*/done.json", "store/*/done.json", "router/*/done.json")
-    names += ("features/*.safetensors", "store/*/adapters-*/catalog/fragments/*.arrows", "predictions/units/*.parquet")
+    names = ("*/done.json", "predictions/*/done.json", "group/*/done.json", "store/*/done.json", "router/*/done.json")
+    names += (
+        "features/*.safetensors",
+        "store/*/adapters-*/catalog/fragments/*.arrows",
+        "predictions/*/units/*.parquet",
+    )
     return {path: path.stat().st_mtime_ns for name in names for path in folder.glob(name)}
 
 
@@ -96,7 +100,7 @@ def num_units(folder: Path, step: str) -> int:
     where = {
         "features": "features/*.safetensors",
         "user": "store/*/adapters-*/catalog/fragments/*.arrows",
-        "evaluate": "predictions/units/*.parquet",
+        "evaluate": "predictions/*/units/*.parquet",
     }
     return sum(1 for _ in folder.glob(where[step]))
 
@@ -110,8 +114,8 @@ def last_checkpoint(folder: Path, step: str) -> tuple[int, int]:
 
 
 def is_over(folder: Path, step: str) -> bool:
-    stages = {"population": 1, "group": 2, "router": 2, "features": 1, "user": 3, "evaluate": 1}
-    roots = {"user": "store/*/done.json", "evaluate": "predictions/done.json"}
+    stages = {"population": 1, "group": 2, "router": 2, "features": 1, "user": 3, "evaluate": 6}
+    roots = {"user": "store/*/done.json", "evaluate": "predictions/*/done.json"}
     plain = {"population": "population/done.json", "features": "features/done.json"}
     pattern = roots.get(step) or plain.get(step) or f"{step}/*/done.json"
     return len(list(folder.glob(pattern))) == stages[step]

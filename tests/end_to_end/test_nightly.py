@@ -86,9 +86,9 @@ def tasks_of(folder: Path, yaml: Path, user: str, monkeypatch):
     monkeypatch.setattr("proper_ds.training.unit_jobs.train_users", ask)
     config = load_config(yaml).model_copy(update={"output_dir": str(folder)})
     index = PreparedData(folder / "prepared").keys().index(user)
-    stores = {"OPPU": str(open_store(folder / "store/OPPU").location)}
+    stores = {"store/OPPU": str(open_store(folder / "store/OPPU").location)}
     with pytest.raises(AskedError) as asked:
-        UsersJob(config, torch.device("cpu"), stores).run(Unit(index, index + 1, 1, "OPPU", 1))
+        UsersJob(config, torch.device("cpu"), stores).run(Unit(index, index + 1, 1, "store/OPPU", 1))
     return asked.value.args[0]
 
 

@@ -22,7 +22,7 @@ METHODS = ("base", "population", "group", "OPPU", "proper", "proper-released")
 
 def answers(run, method):
     """(user, task, id) -> the row of the predictions file."""
-    rows = [row for path in run.glob("predictions/units/*.parquet") for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in run.glob("predictions/*/units/*.parquet") for row in pq.read_table(path).to_pylist()]
     return {(row["user"], row["task"], row["id"]): row for row in rows if row["method"] == method}
 
 
@@ -52,7 +52,7 @@ def test_predictions_come_in_lamp_form_for_every_question(finished):
     for folder in sorted(finished.data.iterdir()):
         golds = json.loads((folder / "dev_outputs.json").read_text())
         for method in METHODS:
-            made = json.loads((finished.folder / "predictions" / method / f"{folder.name}.json").read_text())
+            made = json.loads((finished.folder / "predictions" / method / "lamp" / f"{folder.name}.json").read_text())
             assert made["task"] == golds["task"]
             assert {row["id"] for row in made["golds"]} == {row["id"] for row in golds["golds"]}
             assert all(isinstance(row["output"], str) for row in made["golds"])

@@ -8,7 +8,9 @@ import torch
 from proper_ds.erasure.rows import erase_table_lines, has_tables
 from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout, ModuleShape
+from proper_ds.model.plora import KIND, TABLE, PersonalLoras
 from proper_ds.model.presets import PRESETS, preset_of
+from proper_ds.model.weights_file import save_weights
 
 LAYOUT = LoraLayout((ModuleShape("a", 6, 5), ModuleShape("b", 5, 4)), 2, 4.0)
 
@@ -33,3 +35,15 @@ def test_levels_without_tables_are_left_alone(tmp_path):
     GroupLevel(LAYOUT, PRESETS["proper"], sizes, seed=0).save(tmp_path / "level.safetensors", "group")
     assert not has_tables(tmp_path)
     assert erase_table_lines(tmp_path / "level.safetensors", [0]).num_rows == 0
+
+
+def test_a_forgotten_users_vector_in_plora_is_the_generic_users(tmp_path):
+    shared, table_LU = PersonalLoras(LAYOUT, 4, seed=0), torch.randn(6, 4)
+    table_LU[0] = 0
+    path = tmp_path / "level.safetensors"
+    save_weights(path, shared.state_dict() | {TABLE: table_LU}, KIND, shared.description(), "plora")
+    assert has_tables(tmp_path)
+    assert erase_table_lines(path, [1]).num_rows == 1
+    _, found_LU = PersonalLoras.load(path)
+    assert not found_LU[2].any()
+    assert torch.equal(found_LU[[1, 3, 4, 5]], table_LU[[1, 3, 4, 5]])

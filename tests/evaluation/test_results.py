@@ -1,84 +1,167 @@
-"""From predictions to the report's numbers: pairing, history buckets, directions, LaMP files."""
+"""From predictions to the report's numbers: pairing, history buckets, floors, directions, LaMP files."""
 
 from __future__ import annotations
 
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proper_ds.data.manifest import TaskManifest
-from proper_ds.data.tasks import TASKS
-from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.evaluation.history import history_buckets, history_parts
+from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.plots import expert_spread, gain_by_history, learning_curves
-from proper_ds.evaluation.predict_job import SCHEMA
-from proper_ds.evaluation.results import answers_of, evaluate_task, expert_use, history_buckets, write_lamp_files
+from proper_ds.evaluation.questions import answers_of
+from proper_ds.evaluation.results import Scoring, evaluate_task, expert_use, write_lamp_files
+from proper_ds.evaluation.verify import differences
+from tests.evaluation.crafted import RATINGS, TAGS, ratings, row, table
 
-TASK = TaskManifest.of(TASKS["LaMP_3"], "", generated=True)
+BOTH = ("population", "OPPU")
+SCORING = Scoring(200, 0.95, ("population",))
 
 
-def table():
-    rows = []
+def rows_of_two():
+    found = []
     for user in range(30):
         for n in range(3):
             gold = str(1 + (user + n) % 5)
-            for method, answer in (("population", "3"), ("OPPU", gold)):
-                rows.append(
-                    {
-                        "method": method,
-                        "user": user,
-                        "task": "LaMP_3",
-                        "id": f"{user}-{n}",
-                        "gold": gold,
-                        "prediction": answer,
-                        "num_history": user,
-                        "personal": method == "OPPU",
-                        "scores": [],
-                        "gates": [0.2, 0.8, 0.9, 0.1] if method == "OPPU" else [],
-                        "num_experts": 2,
-                    }
-                )
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+            gates = {"personal": True, "gates": [0.2, 0.8, 0.9, 0.1], "num_experts": 2}
+            found.append(row("population", user, n, gold, "3", user))
+            found.append(row("OPPU", user, n, gold, gold, user, **gates))
+    return found
+
+
+def result_of(rows, methods=BOTH, scoring=SCORING):
+    return evaluate_task(RATINGS, answers_of(table(rows), "LaMP_3", methods), scoring)
 
 
 def test_a_task_is_scored_for_every_method_bucket_and_pair():
-    config = EvaluationConfig(methods=["population", "OPPU"], num_bootstrap_samples=200)
-    result = evaluate_task(TASK, answers_of(table(), "LaMP_3", ["population", "OPPU"]), config)
+    result = result_of(rows_of_two())
     assert result["methods"]["OPPU"]["mae"]["value"] == 0
-    assert set(result["methods"]["population"]["mae"]) == {"value", "user_mean", "interval"}
     (pair,) = result["comparisons"]["mae"]
     assert (pair["method"], pair["than"], pair["verdict"]) == ("OPPU", "population", "better")
     assert pair["gain"] == pytest.approx(result["methods"]["population"]["mae"]["value"])
+    assert pair["user_mean_gain"] == pytest.approx(result["methods"]["population"]["mae"]["user_mean"])
     assert pair["interval"][0] > 0
     assert result["by_history"][0]["history"] == "0"
     assert sum(bucket["num_users"] for bucket in result["by_history"]) == 30
     assert sum(bucket["num_questions"] for bucket in result["by_history"]) == 90
-    for bucket in result["by_history"]:
-        assert gain_by_history(result, "mae", "population", ["population", "OPPU"]).startswith("<svg")
+    assert [(part["part"], part["history"], part["num_users"]) for part in result["parts"]] == [
+        ("cold", "0-1", 2),
+        ("lower half", "0-14", 15),
+        ("upper half", "15-29", 15),
+    ]
+    for bucket in result["by_history"] + result["parts"]:
         assert bucket["methods"]["OPPU"]["mae"]["value"] == 0
+        assert bucket["comparisons"]["mae"][0]["gain"] > 0
+    assert gain_by_history(result, "mae", "population", ["OPPU"]).startswith("<svg")
+
+
+def test_the_matrix_has_every_pair_and_agrees_with_the_comparisons():
+    result = result_of(ratings({"base": 0.2, "population": 0.5, "OPPU": 0.8}), ("base", *BOTH))
+    found = result["matrix"]["mae"]
+    of = found["methods"].index
+    for pair in result["comparisons"]["mae"]:
+        place = of(pair["method"]), of(pair["than"])
+        assert found["gain"][place[0]][place[1]] == pytest.approx(pair["gain"])
+        assert found["low"][place[0]][place[1]] == pytest.approx(pair["interval"][0])
+        assert found["high"][place[0]][place[1]] == pytest.approx(pair["interval"][1])
+    gain = np.asarray(found["gain"])
+    assert np.allclose(gain, -gain.T)
+    assert gain[of("OPPU"), of("base")] > 0
+
+
+CHANCES = st.dictionaries(st.sampled_from(["base", "OPPU", "words", "proper"]), st.floats(0, 1), min_size=1)
+
+
+@settings(max_examples=25)
+@given(CHANCES, st.randoms())
+def test_the_order_of_lines_does_not_matter(chances, random):
+    rows = ratings(chances, num_users=8)
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    scoring = Scoring(30, 0.9, ("OPPU",))
+    assert result_of(rows, list(chances), scoring) == result_of(shuffled, list(chances), scoring)
+
+
+@settings(max_examples=25)
+@given(st.floats(0, 1), st.integers(1, 12))
+def test_a_method_does_not_differ_from_itself(chance, num_users):
+    rows = ratings({"population": chance, "OPPU": chance}, num_users)
+    (pair,) = result_of(rows)["comparisons"]["mae"]
+    assert (pair["gain"], pair["interval"], pair["user_mean_gain"]) == (0, [0, 0], 0)
+    assert pair["verdict"] == "no difference beyond the interval"
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=10))
+def test_adding_a_method_changes_no_other_number(counts):
+    rows = [r for user, n in enumerate(counts) for r in ratings({"OPPU": 0.4}, user + 1, n, seed=user)[-n:]]
+    other = [r | {"method": "base", "prediction": "2"} for r in rows]
+    alone, both = result_of(rows, ["OPPU"]), result_of(rows + other, ["base", "OPPU"])
+    assert not differences(alone["methods"]["OPPU"], both["methods"]["OPPU"])
+
+
+def test_methods_are_held_against_the_best_floor():
+    chances = {"own-habit": 0.3, "words": 0.6, "base": 0.2, "OPPU": 0.61, "proper": 0.95}
+    floor = result_of(ratings(chances, 60), list(chances))["floor"]
+    assert floor["than"] == "words"
+    assert {name: about["standing"] for name, about in floor["methods"].items()} == {
+        "base": "below",
+        "OPPU": "within the interval",
+        "proper": "above",
+    }
+    assert [name for name, about in floor["methods"].items() if about["below_floor"]] == ["base"]
+    assert result_of(ratings({"base": 1}), ["base"])["floor"] is None
+
+
+def test_equal_to_the_floor_is_below_it():
+    floor = result_of(ratings({"words": 0.5, "OPPU": 0.5}), ["words", "OPPU"])["floor"]
+    assert floor["methods"]["OPPU"]["below_floor"]
+
+
+def test_a_method_may_leave_a_task_out_but_not_a_question():
+    rows = ratings({"base": 0.5, "OPPU": 0.7})
+    assert set(result_of(rows, ["base", "OPPU", "words"])["methods"]) == {"base", "OPPU"}
+    with pytest.raises(AssertionError, match="same questions"):
+        answers_of(table(rows[:-1]), "LaMP_3", ["base", "OPPU"])
 
 
 def test_questions_with_hidden_golds_are_not_scored():
-    rows = table().to_pylist()
-    hidden = [row | {"gold": None} if row["user"] == 3 else row for row in rows]
-    answers = answers_of(pa.Table.from_pylist(hidden, schema=SCHEMA), "LaMP_3", ["population", "OPPU"])
+    hidden = [r | {"gold": None} if r["user"] == 3 else r for r in rows_of_two()]
+    answers = answers_of(table(hidden), "LaMP_3", BOTH)
     assert 3 not in answers.users
     assert len(answers.ids) == 87
 
 
+def test_two_people_may_have_questions_of_the_same_name():
+    rows = [row("OPPU", user, 0, "1", answer, 2, id="q") for user, answer in ((0, "1"), (1, "5"))]
+    result = result_of(rows, ["OPPU"])
+    assert (result["num_questions"], result["methods"]["OPPU"]["mae"]["value"]) == (2, 2)
+
+
+def test_values_are_the_metrics_over_all_questions():
+    generator = np.random.default_rng(0)
+    labels = TAGS.labels[:4]
+    golds, given_ = generator.choice(labels, 40), generator.choice(labels, 40)
+    rows = [row("base", n % 7, n, g, p, n % 7, "tags") for n, (g, p) in enumerate(zip(golds, given_, strict=True))]
+    result = evaluate_task(TAGS, answers_of(table(rows), "tags", ["base"]), SCORING)
+    for metric in metrics_of(TAGS):
+        wanted = metric.value(sum(metric.statistics(g, p) for g, p in zip(golds, given_, strict=True)))
+        assert result["methods"]["base"][metric.name]["value"] == pytest.approx(float(wanted))
+
+
 def test_lamp_files_are_what_lamps_evaluator_reads(tmp_path):
-    write_lamp_files(table(), {"LaMP_3": TASK}, ["OPPU"], tmp_path)
-    found = json.loads((tmp_path / "OPPU" / "LaMP_3.json").read_text())
+    answers = table([r for r in rows_of_two() if r["method"] == "OPPU"])
+    write_lamp_files(answers, {"LaMP_3": RATINGS}, tmp_path / "OPPU")
+    found = json.loads((tmp_path / "OPPU" / "lamp" / "LaMP_3.json").read_text())
     assert found["task"] == "LaMP_3"
     assert len(found["golds"]) == 90
     assert set(found["golds"][0]) == {"id", "output"}
 
 
 def test_expert_use_and_plots():
-    use = expert_use(table(), ["population", "OPPU"])
+    use = expert_use(table(rows_of_two()), BOTH)
     assert list(use) == ["OPPU"]
     assert use["OPPU"]["dominant_share"] == [[0.0, 1.0], [1.0, 0.0]]
     assert use["OPPU"]["mean_largest_gate"] == pytest.approx(0.85)
@@ -88,11 +171,28 @@ def test_expert_use_and_plots():
     assert learning_curves([]) is None
 
 
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=50))
+LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=50)
+
+
+@given(LENGTHS)
 def test_every_user_falls_into_exactly_one_bucket(lengths):
     history = np.asarray(lengths)
-    buckets = history_buckets(history, np.arange(len(lengths)))
     hits = np.zeros(len(lengths), dtype=int)
-    for _, low, high in buckets:
+    for _, low, high in history_buckets(history, np.arange(len(lengths))):
         hits += (history >= low) & (history <= high)
     assert (hits == 1).all()
+
+
+@given(LENGTHS)
+def test_halves_part_the_users_and_no_other_cut_is_nearer_to_the_middle(lengths):
+    history = np.asarray(lengths)
+    parts = dict(history_parts(history, np.arange(len(lengths))))
+    assert ("cold" in parts) == (history <= 1).any()
+    if len(set(lengths)) == 1:
+        assert not {"lower half", "upper half"} & set(parts)
+        return
+    inside = {name: (history >= low) & (history <= high) for name, (_, low, high) in parts.items()}
+    assert (inside["lower half"] ^ inside["upper half"]).all()
+    num = inside["lower half"].sum()
+    for cut in sorted(set(lengths))[:-1]:
+        assert abs(2 * num - len(lengths)) <= abs(2 * (history <= cut).sum() - len(lengths))

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from proper_ds.config import load_config
 from proper_ds.errors import ConfigError, UserError
+from proper_ds.evaluation.config import DEFAULT_METHODS
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.roster import Roster, known_before
 from proper_ds.pipeline.run import Run
@@ -18,6 +19,7 @@ from proper_ds.run_folder import RunFolder
 from tests.end_to_end.runs import CONFIG
 
 UPDATE = "user.only_changed=true"
+ANSWERED = [f"predictions/{name}" for name in DEFAULT_METHODS]
 SHARED = ["base", "population", "group/proper", "group/proper-released", "router/proper", "router/proper-released"]
 STORES = ["store/OPPU", "store/proper", "store/proper-released"]
 
@@ -71,7 +73,7 @@ def test_new_data_leaves_shared_stages_alone_and_updates_stores(night):
     found = night.stages(UPDATE)
     assert [name for name, stage in found.items() if stage.kept_since] == SHARED
     assert [name for name, stage in found.items() if stage.is_update] == STORES
-    assert night.pending(UPDATE) == ["prepared", "tokens", "features", *STORES, "predictions", "report"]
+    assert night.pending(UPDATE) == ["prepared", "tokens", "features", *STORES, *ANSWERED, "report"]
     night.finish(UPDATE)
     assert night.pending(UPDATE) == []
     assert night.pending() == list(night.stages()), "a run without it starts over"
@@ -90,7 +92,7 @@ def test_old_data_back_again_is_another_night(night):
     night.finish(UPDATE)
     night.bring("old news")
     assert set(STORES) < set(night.pending(UPDATE))
-    assert all(night.stages(UPDATE)[name].fingerprint != first[name] for name in (*STORES, "predictions"))
+    assert all(night.stages(UPDATE)[name].fingerprint != first[name] for name in (*STORES, "predictions/OPPU"))
 
 
 def test_a_night_begun_is_gone_on_with(night):

@@ -17,7 +17,7 @@ from proper_ds.run_folder import RunFolder
 from proper_ds.store.store import AdapterStore
 from proper_ds.training.set_plan import SetPlan
 
-UNIT = Unit(1, 4, 10, "OPPU", 2)
+UNIT = Unit(1, 4, 10, "store/OPPU", 2)
 PLAN = SetPlan(1, np.array([True, True, False, True, True]))
 
 

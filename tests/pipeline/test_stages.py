@@ -11,13 +11,15 @@ from rich.console import Console
 
 from proper_ds.config import load_config
 from proper_ds.errors import UserError
-from proper_ds.evaluation.methods import METHODS, needs_of
+from proper_ds.evaluation.methods import METHODS, needs_of_methods
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.run import Run
 from proper_ds.pipeline.stages import StageList
-from proper_ds.run_folder import RunFolder
+from proper_ds.run_folder import RunFolder, in_lane
 from tests.end_to_end.runs import CONFIG
 
+METHODS_RUN = ("base", "population", "group", "OPPU", "proper", "proper-released")
+PREDICTIONS = [f"predictions/{name}" for name in METHODS_RUN]
 ALL = [
     "prepared",
     "base",
@@ -31,7 +33,7 @@ ALL = [
     "store/proper-released",
     "router/proper",
     "router/proper-released",
-    "predictions",
+    *PREDICTIONS,
     "report",
 ]
 
@@ -65,23 +67,26 @@ def changed(prints, *overrides):
         ("base.create.max_steps=7", "base"),
         ("base.max_length=90", "tokens"),
         ("population.learning_rate=1", "population"),
-        ("evaluation.closed_labels=generate", "predictions"),
+        ("evaluation.closed_labels=generate", "predictions/base"),
         ("evaluation.confidence=0.5", "report"),
     ],
 )
 def test_everything_from_the_first_that_depends_on_it(prints, override, first):
     found = changed(prints, override)
     assert found[0] == first
-    if first != "predictions" and first != "report":
-        assert set(found) >= set(ALL[ALL.index("population") :])
+    if first != "report" and not first.startswith("predictions"):
+        rest = set(ALL[ALL.index("population") :])
+        assert set(found) >= rest - ({"predictions/base"} if first == "population" else set())
 
 
 def test_user_settings_leave_the_shared_stages_alone(prints):
-    assert changed(prints, "user.learning_rate=1") == ALL[7:]
+    own = ("store/", "router/", "predictions/OPPU", "predictions/proper", "report")
+    assert changed(prints, "user.learning_rate=1") == [name for name in ALL if name.startswith(own)]
 
 
 def test_router_settings_leave_adapters_alone(prints):
-    assert changed(prints, "router.learning_rate=1") == ALL[10:]
+    own = ("router/", "predictions/proper", "report")
+    assert changed(prints, "router.learning_rate=1") == [name for name in ALL if name.startswith(own)]
 
 
 @pytest.mark.parametrize(
@@ -118,13 +123,18 @@ def test_changed_data_changes_everything(prints):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_names_all_that_it_reads(method):
-    needs = needs_of([method])
     about = METHODS[method]
+    needs = needs_of_methods([about])
+    if about.kind == "floor":
+        assert needs.floors == (method,) and not needs.lanes
+        return
+    (lane,) = needs.lanes
+    assert set(about.stages) <= {*lane.stages("encoder"), "prepared"}
+    assert lane.recipe == about.recipe
     assert needs.population == about.population
     assert (about.adapter_set in needs.adapter_sets) == (about.adapter_set is not None)
     assert set(needs.joints) == ({about.preset} if about.gates == "joint" else set())
-    assert about.joint_set is None or f"store/{about.joint_set}" in needs.stages
-    assert about.preset is None or about.level_folder in needs.stages
+    assert about.preset is None or in_lane(about.level_stage, about.lane) in lane.stages("encoder")
     assert set(needs.routers) == (
         {about.preset} if about.user_lora and about.preset and about.gates == "lora" else set()
     )

@@ -52,6 +52,7 @@ def stage(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     made.context = SimpleNamespace(
         folder=folder,
+        stage=folder.stage,
         tokens=Tokens(),
         key_column=pa.array([f"u{user}" for user in range(SAMPLED[-1] + 1)], pa.large_string()),
         config=SimpleNamespace(store=SimpleNamespace(dtype="float32")),

@@ -24,7 +24,12 @@ def warnings_of(folder, owner_of, caplog):
     options = {"num_ranks": 2, "per_device": 2, "train_batch_size": 4, "num_epochs": 3, "max_steps": None, "seed": 1}
     plan = StepPlan(MadeUp(40), **options, owner_of=owner_of, num_owners=2)
     stage = SimpleNamespace(
-        name="group/proper", section="group", settings=settings, batch=lambda *_: None, log_more=lambda ranks: {}
+        name="group/proper",
+        title="group/proper",
+        section="group",
+        settings=settings,
+        batch=lambda *_: None,
+        log_more=lambda ranks: {},
     )
     engine = SimpleNamespace(ranks=HERE, step=lambda batches, rate: {"ce": 1.0, "tokens": 1.0, "grad_norm": 1.0})
     saving = SimpleNamespace(save=lambda *_: None)

@@ -31,7 +31,7 @@ def adapters(tmp_path):
     made, store = rows(4), open_store(place.path)
     put(store, "unit-0", {"ann": made[0], "bob": made[1]})
     put(store, "unit-1", {"cleo": made[2], "dora": made[3]})
-    context = SimpleNamespace(folder=folder, key_column=pa.array(KEYS, pa.large_string()))
+    context = SimpleNamespace(stage=folder.stage, key_column=pa.array(KEYS, pa.large_string()))
     found = UserAdapters(context, "proper")
     found.packs = sorted((store.location / "packs").iterdir())
     return found

@@ -22,7 +22,7 @@ from proper_ds.training.users import UserResult
 from tests.store.stores import LAYOUT, put, rows
 
 KEYS = ["ann", "bob", "cleo", "dora"]
-UNIT = Unit(0, 4, 10, "OPPU", 4)
+UNIT = Unit(0, 4, 10, "store/OPPU", 4)
 
 
 @pytest.fixture
@@ -49,11 +49,12 @@ def job(tmp_path, monkeypatch):
         made = unit_jobs.UsersJob.__new__(unit_jobs.UsersJob)
         tokens = SimpleNamespace(history_digests=lambda start, stop: [f"0{n}" for n in range(start, stop)])
         config = RunConfig(output_dir=str(tmp_path))
-        made._context = SimpleNamespace(config=config, folder=folder, keys=KEYS, tokens=tokens)
+        made._config, context = config, SimpleNamespace(config=config, keys=KEYS, tokens=tokens)
+        made._lanes = SimpleNamespace(folder=folder, enter=lambda stage: context)
         made._model = SimpleNamespace(attach_groups=lambda by_module, dropout: None)
-        made._layout, made._levels, made._features, made._sets = LAYOUT, {}, None, {}
-        made._locations = {"OPPU": str(open_store(place.path).location)}
-        made._task = lambda user, level, start_P: SimpleNamespace(key=KEYS[user], start_P=start_P)
+        made._layout, made._levels, made._features, made._sets = LAYOUT, {}, {}, {}
+        made._locations = {"store/OPPU": str(open_store(place.path).location)}
+        made._task = lambda context, user, level, start_P: SimpleNamespace(key=KEYS[user], start_P=start_P)
         return made
 
     build.folder, build.root, build.during = place.path, tmp_path, lambda: None
@@ -104,9 +105,9 @@ def test_a_catalog_is_read_once_a_job_and_no_listing_grows_with_the_units(job, m
     monkeypatch.setattr(Catalog, "load", lambda self: loads.append(1) or load(self))
     monkeypatch.setattr(Catalog, "listing", lambda self, name: folders.append(name) or listing(self, name))
     made = job(2)
-    made.run(Unit(0, 2, 5, "OPPU", 2))
+    made.run(Unit(0, 2, 5, "store/OPPU", 2))
     num_fragment_listings = folders.count("fragments")
-    for unit in (Unit(2, 3, 5, "OPPU", 1), Unit(3, 4, 5, "OPPU", 1)):
+    for unit in (Unit(2, 3, 5, "store/OPPU", 1), Unit(3, 4, 5, "store/OPPU", 1)):
         assert made.run(unit)["num_warm"] == 1
         assert made.run(unit)["num_users"] == 0, "it is committed"
     assert len(loads) == 1

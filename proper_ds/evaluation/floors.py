@@ -1,0 +1,132 @@
+"""Methods without a language model: the floor under every claim. A driver stage calls `predict_floors`.
+
+`own-habit` knows the user's own history and no words of the question; `words` is a linear bag of words that knows no
+user; `words+own` is both. What each does for a kind of task stands in `floor_linear.py` and `floor_texts.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from proper_ds.data.manifest import TaskManifest
+from proper_ds.data.prepared import PreparedData
+from proper_ds.data.records import User
+from proper_ds.errors import DataError
+from proper_ds.evaluation.floor_base import Case, Floor, Sample
+from proper_ds.evaluation.floor_linear import ClassFloor, RatingFloor
+from proper_ds.evaluation.floor_texts import ChoiceFloor, TextFloor
+from proper_ds.files import seed_of
+
+FLOORS = {
+    "own-habit": "the user's own most frequent label, median score or answer length; no words of the question",
+    "words": "a linear bag of words of the question, whoever asks",
+    "words+own": "the bag of words with the user's own prior, offset or answer length",
+}
+_KINDS: dict[str, type[Floor]] = {"classification": ClassFloor, "ordinal": RatingFloor, "generation": TextFloor}
+Made = TypeVar("Made")
+
+
+def predict_floors(
+    prepared: PreparedData, split: str, train_split: str, methods: Sequence[str], seed: int, max_examples: int
+) -> pa.Table:
+    """Answers of the floors to all questions of `split`, in the columns of `predict_job.SCHEMA`.
+
+    Only users with questions in `train_split` are learned from, and of an answered user only that user's own history.
+
+    Args:
+        methods: names out of FLOORS.
+        max_examples: of each task, learn from so many examples at most, drawn at random.
+
+    Raises:
+        DataError: where scikit-learn is missing, or a task has no examples to learn from.
+    """
+    from proper_ds.evaluation.predict_job import SCHEMA
+
+    assert set(methods) <= FLOORS.keys(), methods
+    rows: list[dict[str, object]] = []
+    for task in prepared.manifest.tasks.values():
+        floor = _fitted(task, prepared, train_split, seed, max_examples)
+        for index, user in enumerate(prepared.users()):
+            own = _own_samples(task, user)
+            for query in user.queries:
+                if query.split != split or query.task != task.name:
+                    continue
+                case = Case(own, question_text(task, query.input), query.answer or "")
+                for method in methods:
+                    rows.append(
+                        {
+                            "method": method,
+                            "user": index,
+                            "task": task.name,
+                            "id": query.id,
+                            "gold": query.answer,
+                            "prediction": floor.answer(method, case),
+                            "num_history": len(user.history),
+                            "personal": method != "words" and bool(own),
+                            "scores": [],
+                            "gates": [],
+                            "num_experts": 0,
+                        }
+                    )
+    order = {method: position for position, method in enumerate(methods)}
+    rows.sort(key=lambda row: order[str(row["method"])])  # method by method, as the other predictions are
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def question_text(task: TaskManifest, question: str) -> str:
+    """A question without the instruction that all questions of the task share."""
+    return question.removeprefix(task.instruction)
+
+
+def _fitted(task: TaskManifest, prepared: PreparedData, train_split: str, seed: int, max_examples: int) -> Floor:
+    kind = ChoiceFloor if task.lamp_id == "LaMP_1" else _KINDS[task.kind]
+    samples = _drawn(_samples(task, prepared, train_split), max_examples, seed_of("floor samples", task.name, seed))
+    cases = _drawn(_cases(task, prepared, train_split), max_examples, seed_of("floor cases", task.name, seed))
+    if not samples or (kind is ChoiceFloor and not cases):
+        raise DataError(
+            f"task {task.name}: users with questions in {train_split!r} have no examples that a floor can be fitted to;"
+            " name another data.train_split, or leave the floors out of evaluation.methods"
+        )
+    return kind(task, samples, cases)
+
+
+def _taught(prepared: PreparedData, train_split: str) -> Iterator[User]:
+    return (user for user in prepared.users() if any(query.split == train_split for query in user.queries))
+
+
+def _own_samples(task: TaskManifest, user: User) -> list[Sample]:
+    return [Sample(user.key, item.text, item.answer) for item in user.history if item.task == task.name]
+
+
+def _samples(task: TaskManifest, prepared: PreparedData, train_split: str) -> Iterator[Sample]:
+    """What the bag of words learns from: history items and answered questions alike."""
+    for user in _taught(prepared, train_split):
+        yield from _own_samples(task, user)
+        for query in user.queries:
+            if query.split == train_split and query.task == task.name and query.answer is not None:
+                yield Sample(user.key, question_text(task, query.input), query.answer)
+
+
+def _cases(task: TaskManifest, prepared: PreparedData, train_split: str) -> Iterator[Case]:
+    """Answered questions with the history before them: what the weight of the user's own side is chosen on."""
+    for user in _taught(prepared, train_split):
+        own = _own_samples(task, user)
+        for query in user.queries:
+            if query.split == train_split and query.task == task.name and query.answer is not None:
+                yield Case(own, question_text(task, query.input), query.answer)
+
+
+def _drawn(items: Iterator[Made], limit: int, seed: int) -> list[Made]:
+    """At most `limit` items, each as likely as any other (reservoir sampling)."""
+    generator = np.random.default_rng(seed)
+    kept: list[Made] = []
+    for number, item in enumerate(items):
+        if number < limit:
+            kept.append(item)
+        elif (place := int(generator.integers(number + 1))) < limit:
+            kept[place] = item
+    return kept

@@ -1,0 +1,112 @@
+"""What a run's scores are scores of: whose questions, which base, how answers are made, and what that cannot say.
+
+`report.py` calls `protocol_of`; the texts are for people who would compare the figures with others.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from proper_ds.data.manifest import Manifest
+from proper_ds.data.prepared import PreparedData
+from proper_ds.data.tasks import TASKS
+from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.evaluation.published import TIME_BASED, USER_BASED
+from proper_ds.model.base_files import num_parameters
+
+if TYPE_CHECKING:
+    from proper_ds.training.context import RunContext
+
+TEST = "test"
+
+
+def protocol_of(context: RunContext) -> dict[str, Any]:
+    """The `protocol` of report.json: split, kind of split, base, decoding, scoring, and `cautions` for comparisons."""
+    evaluation, data = context.config.evaluation, context.config.data
+    trained, asked = _users_of(context.prepared, data.train_split), _users_of(context.prepared, evaluation.split)
+    name, share = split_protocol(trained, asked)
+    found: dict[str, Any] = {
+        "name": name,
+        "share_of_users_also_in_training": share,
+        "split": evaluation.split,
+        "train_split": data.train_split,
+        "seed": context.config.seed,
+        "base": context.base_name,
+        "base_parameters": num_parameters(context.base_name, context.config.base.revision),
+        "base_dtype": _dtype(context),
+        "closed_labels": evaluation.closed_labels,
+        "ordinal": evaluation.ordinal,
+        "decoding": decoding(evaluation),
+        "confidence": evaluation.confidence,
+        "num_bootstrap_samples": evaluation.num_bootstrap_samples,
+        "references": evaluation.compared_with,
+    }
+    return found | {"cautions": cautions(found, context.prepared.manifest, data.max_users_per_split)}
+
+
+def _users_of(prepared: PreparedData, split: str) -> np.ndarray:
+    """Mask over users: those with a question in `split`."""
+    parts = []
+    for shard in prepared.manifest.shards:
+        splits = pq.read_table(prepared.folder / shard.file, columns=["splits"]).column("splits").combine_chunks()
+        mask = np.zeros(len(splits), dtype=bool)
+        inside = pc.equal(pc.list_flatten(splits), split).to_numpy(zero_copy_only=False)
+        mask[pc.list_parent_indices(splits).to_numpy()[inside]] = True
+        parts.append(mask)
+    return np.concatenate(parts)
+
+
+def _dtype(context: RunContext) -> str:
+    """The type that the base ran in; a run settles `auto` when its first stage needs the base."""
+    path = context.folder.root / "dtype.json"
+    if path.exists():
+        settled: str = json.loads(path.read_text(encoding="utf-8"))
+        return settled
+    return str(context.dtype).removeprefix("torch.")
+
+
+def split_protocol(trained: np.ndarray, asked: np.ndarray) -> tuple[str, float]:
+    """(`user-based` where nobody who is asked has questions in training, `time-based` where everybody has, else
+    `mixed`; the share of those asked who have), from masks over users."""
+    if not trained.any() or not asked.any():
+        return "no training questions", 0.0
+    share = float(trained[asked].mean())
+    return USER_BASED if share == 0 else TIME_BASED if share == 1 else "mixed", share
+
+
+def decoding(evaluation: EvaluationConfig) -> str:
+    """How answers are made, in words."""
+    greedy = "greedy, at most " + (
+        f"{evaluation.max_new_tokens} new tokens" if evaluation.max_new_tokens else "the task's number of new tokens"
+    )
+    if evaluation.closed_labels == "generate":
+        return greedy
+    rating = "the median of its distribution" if evaluation.ordinal == "median" else "the likeliest label"
+    return f"closed label sets: the likeliest label (ratings: {rating}); free text: {greedy}"
+
+
+def cautions(protocol: dict[str, Any], manifest: Manifest, max_users: int | None) -> list[str]:
+    """Why the figures must not be put beside published ones as if they were of one experiment."""
+    found = ["Published figures are of other bases, mostly 3 to 11 billion parameters, and other code."]
+    if protocol["split"] != TEST:
+        found.append(f"These are scores on split {protocol['split']}, published ones are on LaMP's hidden test golds.")
+    if protocol["name"] not in (USER_BASED, TIME_BASED):
+        share = f"{protocol['share_of_users_also_in_training']:.0%}"
+        found.append(
+            f"The split is neither LaMP's user-based nor its time-based one: {share} of the users asked train."
+        )
+    if max_users is not None:
+        found.append(f"Only the first {max_users} users of each split took part (data.max_users_per_split).")
+    own = [name for name in manifest.tasks if name not in TASKS]
+    if own:
+        found.append(f"{', '.join(own)}: data in LaMP's format, but not LaMP's own.")
+    if protocol["closed_labels"] == "score":
+        found.append("Closed label sets are answered by likelihood, so that no answer is illegal; LaMP generates.")
+    if any("rouge-1" in task.metrics for task in manifest.tasks.values()):
+        found.append("ROUGE is the mean over questions; LaMP's script gives the median of bootstrap means.")
+    return found

@@ -1,0 +1,176 @@
+"""Works through the runs of a study, one after the other; `proper-ds compare` calls it.
+
+A run that fails is noted and does not keep the others from running. What is finished, and what is not, is written to
+`study.json` before the tables are made, so that tables of a part are known as such.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proper_ds.data.generate import generate
+from proper_ds.errors import ConfigError, Problem, ProperError, StudyError, UserError
+from proper_ds.evaluation.test_reads import TEST, TestReads, configuration_hash
+from proper_ds.files import write_json_atomic
+from proper_ds.observe.log import get_logger, log_to_file
+from proper_ds.observe.progress import ProgressView
+from proper_ds.pipeline.run import Run
+from proper_ds.run_folder import RunFolder
+from proper_ds.study.adopt import adopt
+from proper_ds.study.cluster import SharedCluster
+from proper_ds.study.config import GeneratedData, StudyConfig
+from proper_ds.study.finished import FinishedRun
+from proper_ds.study.plan import GENERATED_FOLDER, PlannedRun
+
+STATE = "study.json"
+
+DoRun = Callable[[PlannedRun], None]
+"""Does one run to its report, or raises."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no report."""
+
+    run: PlannedRun
+    error: Exception
+
+    def __str__(self) -> str:
+        """A line for people."""
+        return f"{self.run.name}: {self.error or type(self.error).__name__}"
+
+
+def run_all(planned: Sequence[PlannedRun], do: DoRun, folder: Path) -> tuple[list[FinishedRun], list[Failure]]:
+    """Do every run, whatever becomes of the others, and write down after each how far the study is."""
+    finished, failures = list[FinishedRun](), list[Failure]()
+    for number, run in enumerate(planned, start=1):
+        get_logger().info("%s: begins, run %d of %d", run.name, number, len(planned))
+        start_s = time.perf_counter()
+        try:
+            do(run)
+            finished.append(finished_run(run))
+            get_logger().info("%s: done in %.0f s", run.name, time.perf_counter() - start_s)
+        except Exception as error:
+            failures.append(Failure(run, error))
+            if isinstance(error, ProperError):
+                get_logger().error("%s: failed: %s", run.name, error)
+            else:
+                get_logger().exception("%s: failed", run.name)
+        _write_state(planned, finished, failures, folder)
+    return finished, failures
+
+
+def finished_run(run: PlannedRun) -> FinishedRun:
+    """What the tables need of a run that has its report."""
+    root = run.config.output_path
+    report: dict[str, Any] = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    seconds = float(sum(report["stages"].values()))
+    return FinishedRun(run.task, run.variant, run.seed, root, report, report["config_digest"], seconds)
+
+
+def _write_state(
+    planned: Sequence[PlannedRun], finished: Sequence[FinishedRun], failures: Sequence[Failure], folder: Path
+) -> None:
+    done = {run.folder: run for run in finished}
+    failed = {failure.run.config.output_path: str(failure.error) for failure in failures}
+    lines = []
+    for run in planned:
+        root, line = run.config.output_path, {"task": run.task, "variant": run.variant, "seed": run.seed}
+        line |= {"folder": str(root), "state": "open"}
+        if root in done:
+            line |= {"state": "done", "seconds": done[root].seconds, "config_hash": done[root].config_hash}
+        elif root in failed:
+            line |= {"state": "failed", "error": failed[root]}
+        lines.append(line)
+    write_json_atomic(folder / STATE, {"is_partial": len(done) < len(planned), "runs": lines})
+
+
+def compare(study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressView, again: bool) -> list[FinishedRun]:
+    """Do the whole study and return what is finished; a second call finds it done.
+
+    Args:
+        again: whether test users may be read for other configurations than before.
+
+    Raises:
+        UserError: before anything is run, where several configurations would read the same test users.
+    """
+    folder = Path(study.output_dir)
+    if not again:
+        _check_test_reads(planned)
+    with ExitStack() as stack:
+        stack.enter_context(RunFolder(folder).locked())
+        for task, wanted in study.generate.items():
+            generate_data(wanted, folder / GENERATED_FOLDER / task)
+        shared = SharedCluster(stack)
+        roots = [run.config.output_path for run in planned]
+
+        def do(run: PlannedRun) -> None:
+            log_to_file(RunFolder(run.config.output_path).logs, "driver")
+            reads = TestReads([run.config.output_path, folder], again)
+            job = Run(run.config, view, shared.join, reads)
+            if job.is_done():
+                return
+            adopt(run.config, job.stages, roots)
+            job.run()
+
+        finished, failures = run_all(planned, do, folder)
+    write_tables(finished, folder)
+    if failures:
+        raise_for(failures, len(planned), "run")
+    return finished
+
+
+def write_tables(finished: Sequence[FinishedRun], folder: Path) -> None:
+    """The study's tables, of what is there."""
+
+
+def raise_for(failures: Sequence[Failure], num_planned: int, what: str) -> None:
+    """Raise one error that names every run that failed: a UserError where nothing but the user can mend any of it."""
+    lines = "\n".join(f"  {failure}" for failure in failures)
+    text = f"{len(failures)} of {num_planned} {what}s failed; what is there is PARTIAL\n{lines}"
+    if all(isinstance(failure.error, UserError) for failure in failures):
+        raise UserError(text)
+    raise StudyError(f"{text}\nRun the same command again to go on")
+
+
+def _check_test_reads(planned: Sequence[PlannedRun]) -> None:
+    by_task: dict[str, dict[str, str]] = {}
+    for run in planned:
+        if run.config.evaluation.split == TEST:
+            by_task.setdefault(run.task, {}).setdefault(configuration_hash(run.config), run.name)
+    problems = [
+        Problem(task, f"{' and '.join(runs.values())} would all read its test users", "Keep one, or give --again.")
+        for task, runs in by_task.items()
+        if len(runs) > 1
+    ]
+    if problems:
+        raise ConfigError("test users are read once", problems)
+
+
+def generate_data(wanted: GeneratedData, out: Path) -> None:
+    """Generate a task's data where it is not there yet; whole or not at all.
+
+    Raises:
+        UserError: where data of other numbers is there.
+    """
+    about = {"num_users": wanted.num_users, "num_groups": wanted.num_groups, "seed": wanted.seed}
+    if out.exists():
+        infos = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*/info.json"))]
+        if any({name: info.get(name) for name in about} != about for info in infos):
+            raise UserError(
+                f"{out} was generated with other numbers than {about}; give another output_dir, or delete it"
+            )
+        return
+    unfinished = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for _ in generate(wanted.num_users, wanted.num_groups, wanted.seed, unfinished):
+        pass
+    unfinished.rename(out)
+    get_logger().info("generated %d users in %d groups: %s", wanted.num_users, wanted.num_groups, out)

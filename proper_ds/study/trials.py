@@ -1,0 +1,159 @@
+"""From a sweep file to its trials, and from a trial's report to the number that is compared. Pure but for reading.
+
+`sweep.py` runs the trials.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proper_ds.config import RunConfig, validate
+from proper_ds.errors import ConfigError, Problem, UserError
+from proper_ds.evaluation.test_reads import configuration_hash
+from proper_ds.files import digest_of, seed_of
+from proper_ds.study.config import Objective, Range, SweepConfig
+from proper_ds.study.merge import merged, without_model
+
+TRIALS = "trials"
+MAX_DRAWS = 1000
+"""Draws for one more different trial before the sweep says that there are no more."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a sweep.
+
+    Attributes:
+        name: its folder below the sweep's `trials/`, after its values: another sweep file finds what it shares.
+        overrides: values by dotted key.
+    """
+
+    name: str
+    overrides: dict[str, Any]
+    config: RunConfig
+
+    @property
+    def config_hash(self) -> str:
+        """Of everything that can change an answer, but the seed."""
+        return configuration_hash(self.config)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a trial is compared by."""
+
+    method: str
+    task: str
+    metric: str
+    value: float
+    higher_is_better: bool
+
+    @property
+    def rank(self) -> float:
+        """Larger is better; a value that is no number is worst."""
+        signed = self.value if self.higher_is_better else -self.value
+        return signed if math.isfinite(signed) else -math.inf
+
+
+def plan_trials(sweep: SweepConfig, source: str) -> list[Trial]:
+    """Every trial with a checked configuration; the same list every time.
+
+    Raises:
+        ConfigError: with every problem of every trial; one that many share is told once.
+    """
+    trials: list[Trial] = []
+    problems: dict[str, Problem] = {}
+    for overrides in points(sweep):
+        name = digest_of(overrides)[:10]
+        folder = Path(sweep.output_dir) / TRIALS / name
+        given = merged(sweep.run)
+        if sweep.base is not None:
+            given = without_model(given) | {"base.model": sweep.base}
+        own = {
+            "output_dir": str(folder),
+            "seed": sweep.seed,
+            "evaluation.split": sweep.objective.split,
+            "evaluation.methods": sweep.objective.method,
+        }
+        try:
+            trials.append(Trial(name, overrides, validate(merged(given, overrides, own), source)))
+        except ConfigError as error:
+            for problem in error.problems:
+                shown = Problem(f"{_values(overrides)}: {problem.key}", problem.wrong, problem.mend)
+                problems.setdefault(str(problem), shown)
+    if problems:
+        raise ConfigError(source, list(problems.values()))
+    return trials
+
+
+def points(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """The values to try: all combinations, or `num_trials` different ones, drawn by the seed.
+
+    Raises:
+        ConfigError: where there are fewer different ones.
+    """
+    if sweep.search == "grid":
+        lists = [values for values in sweep.parameters.values() if isinstance(values, list)]
+        return [dict(zip(sweep.parameters, chosen, strict=True)) for chosen in itertools.product(*lists)]
+    assert sweep.num_trials is not None, "checked with the file"
+    found: dict[str, dict[str, Any]] = {}
+    for point in itertools.islice(_draws(sweep), MAX_DRAWS * sweep.num_trials):
+        found.setdefault(digest_of(point), point)
+        if len(found) == sweep.num_trials:
+            return list(found.values())
+    mend = f"There are {len(found)} different ones: lower it, or search `grid`."
+    raise ConfigError("sweep", [Problem("num_trials", f"{sweep.num_trials} are more than there are", mend)])
+
+
+def _draws(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
+    for number in itertools.count():
+        yield {
+            key: _draw(values, random.Random(seed_of("sweep", sweep.search_seed, number, key)))
+            for key, values in sweep.parameters.items()
+        }
+
+
+def _draw(values: list[Any] | Range, generator: random.Random) -> Any:
+    if isinstance(values, list):
+        return generator.choice(values)
+    low, high = (math.log(values.low), math.log(values.high)) if values.log else (values.low, values.high)
+    drawn = generator.uniform(low, high)
+    drawn = math.exp(drawn) if values.log else drawn
+    drawn = min(max(drawn, values.low), values.high)
+    return round(drawn) if values.integer else float(f"{drawn:.4g}")
+
+
+def _values(overrides: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in overrides.items())
+
+
+def score_of(report: dict[str, Any], objective: Objective) -> Score:
+    """The best of the objective's methods in a report.
+
+    Raises:
+        UserError: where the report has no such task or metric, or several tasks and none is named.
+    """
+    tasks = report["tasks"]
+    task = objective.task or (next(iter(tasks)) if len(tasks) == 1 else None)
+    if task is None or task not in tasks:
+        raise UserError(f"objective.task: given {objective.task!r}; the data has {', '.join(tasks)}: name one")
+    metrics = tasks[task]["metrics"]
+    metric = next(iter(metrics)) if objective.metric == "auto" else objective.metric
+    if metric not in metrics:
+        raise UserError(f"objective.metric: given {metric!r}; {task} has {', '.join(metrics)}")
+    scores = [
+        Score(method, task, metric, float(report["methods"][method][task][metric]["value"]), bool(metrics[metric]))
+        for method in objective.method
+    ]
+    return max(scores, key=lambda score: score.rank)
+
+
+def best_of(scored: Sequence[tuple[Trial, Score]]) -> tuple[Trial, Score]:
+    """The trial with the best score; of equals the first."""
+    return max(scored, key=lambda pair: pair[1].rank)

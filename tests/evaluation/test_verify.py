@@ -1,0 +1,196 @@
+"""Reports that can be computed again: from crafted predictions to files and back."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
+
+from proper_ds.errors import UserError
+from proper_ds.evaluation import report_rows
+from proper_ds.evaluation.answers import write_answers
+from proper_ds.evaluation.costs import costs_of
+from proper_ds.evaluation.published import OPPU_100, published_for
+from proper_ds.evaluation.questions import read_predictions
+from proper_ds.evaluation.report_html import html_of
+from proper_ds.evaluation.report_text import markdown_of
+from proper_ds.evaluation.results import Scoring, score_tasks
+from proper_ds.evaluation.verify import by_method, differences, verify, write_sums
+from tests.evaluation.crafted import RATINGS, ratings, table
+
+CHANCES = {"own-habit": 0.3, "words": 0.5, "base": 0.2, "population": 0.52, "OPPU": 0.6, "proper": 0.95}
+PROTOCOL = {
+    "name": "user-based",
+    "share_of_users_also_in_training": 0.0,
+    "split": "dev",
+    "train_split": "train",
+    "seed": 41,
+    "base": "some/base",
+    "base_parameters": 1000,
+    "base_dtype": "float32",
+    "decoding": "greedy",
+    "confidence": 0.95,
+    "num_bootstrap_samples": 100,
+    "references": ["population", "OPPU"],
+    "cautions": ["of another base"],
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with every method's answers in two units, and its report.json."""
+    rows = ratings(CHANCES, num_users=40)
+    for method in CHANCES:
+        for first in (0, 20):
+            own = [r for r in rows if r["method"] == method and first <= r["user"] < first + 20]
+            write_answers(tmp_path / "predictions" / method, f"unit-{first}", table(own))
+    write_report(tmp_path)
+    return tmp_path
+
+
+def write_report(root):
+    names = list(CHANCES)
+    scoring = Scoring(100, 0.95, ("population", "OPPU"))
+    scored = by_method(score_tasks(read_predictions(root, names), {"LaMP_3": RATINGS}, names, scoring), names)
+    for about in scored["tasks"].values():
+        about["published"] = []
+    report = scored | {
+        "run": "runs/x",
+        "config_digest": "0123",
+        "protocol": PROTOCOL,
+        "predictions": write_sums(root, names),
+        "method_notes": dict.fromkeys(names, "a <b>method</b>"),
+        "costs": costs_of({name: [] for name in names}, {}, {}, []),
+        "users": {"num_users": 40, "num_cold_users": 1, "sets": {}},
+        "stages": {"population": 1.0},
+        "versions": {"torch": "1"},
+        "kept": {},
+        "gates": {},
+        "experts": {},
+        "router_jumps": [],
+    }
+    (root / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    return report
+
+
+def read(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def test_a_report_follows_from_its_predictions(run):
+    found = verify(run)
+    assert found.problems == []
+    assert found.num_files == 12
+    assert found.num_numbers > 100
+
+
+@pytest.mark.parametrize("place", ["methods", "by_history", "comparisons", "floor"])
+def test_a_changed_number_is_found(run, place):
+    report = read(run)
+    task = report["tasks"]["LaMP_3"]
+    if place == "methods":
+        report["methods"]["proper"]["LaMP_3"]["mae"]["value"] += 1e-6
+    elif place == "by_history":
+        task["by_history"][1]["methods"]["OPPU"]["rmse"]["interval"][0] += 1e-6
+    elif place == "comparisons":
+        task["comparisons"]["mae"][0]["verdict"] = "better still"
+    else:
+        task["floor"]["methods"]["base"]["below_floor"] = False
+    (run / "report.json").write_text(json.dumps(report))
+    (problem,) = verify(run).problems
+    assert place in problem
+
+
+def test_changed_and_new_files_are_found(run):
+    path = run / "predictions" / "OPPU" / "units" / "unit-20.parquet"
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(table([rows[0] | {"prediction": "no number"}, *rows[1:]]), path)
+    problems = verify(run).problems
+    assert problems[0] == "predictions/OPPU/units/unit-20.parquet: changed, new or gone"
+    assert any(line.startswith("methods.") for line in problems)
+
+
+def test_checksums_cannot_be_changed_with_the_predictions(run):
+    (run / "predictions.sha256").write_text("")
+    assert "predictions.sha256" in verify(run).problems[0]
+
+
+def test_without_report_or_predictions_there_is_nothing_to_verify(run, tmp_path):
+    with pytest.raises(UserError, match=r"holds no report\.json"):
+        verify(tmp_path / "elsewhere")
+    for path in (run / "predictions").rglob("*.parquet"):
+        path.unlink()
+    with pytest.raises(UserError, match="holds no predictions"):
+        verify(run)
+
+
+def test_differences_sees_keys_kinds_and_numbers_beyond_rounding():
+    assert differences({"a": [1.0, {"b": "x"}]}, {"a": [1.0 + 1e-12, {"b": "x"}]}) == []
+    assert differences({"a": 1.0}, {"a": 1.0, "c": 2}) == [".c: only one has it"]
+    assert len(differences({"a": [1.0, 2.0]}, {"a": [1.0]})) == 1
+    assert len(differences({"a": 1.0}, {"a": 1.1})) == 1
+    assert len(differences({"a": True}, {"a": False})) == 1
+
+
+class Tags(HTMLParser):
+    """Checks that every element that must be closed is."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_readable_and_marks_what_a_bag_of_words_beats(run):
+    report = read(run)
+    text = markdown_of(report)
+    lines = text.splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("| method | mae"))
+    order = [line.split("|")[1].strip(" *") for line in lines[first + 2 : first + 2 + len(CHANCES)]]
+    assert order[0] == "proper"
+    assert "base ▼" in order
+    assert "population ≈" in order
+    assert "words" in order
+    assert "over population" in text
+    assert "lower half: over OPPU" in text
+    page = html_of(report, [])
+    parser = Tags()
+    parser.feed(page)
+    assert parser.open == []
+    assert "<b>method</b>" not in page  # escaped
+    assert "base ▼" in page
+
+
+def test_every_row_is_as_wide_as_its_header(run):
+    report = read(run)
+    made = [
+        report_rows.difference_table(report, "LaMP_3"),
+        report_rows.user_mean_table(report, "LaMP_3"),
+        report_rows.history_table(report, "LaMP_3"),
+        report_rows.halves_table(report, "LaMP_3"),
+        report_rows.cost_table(report),
+    ]
+    for header, rows in made:
+        assert len(rows) == len(CHANCES)
+        assert {len(row) for row in rows} == {len(header)}
+
+
+def test_published_figures_are_shown_for_lamps_own_data_only():
+    about = {"generated": False, "labels": list(RATINGS.labels), "metrics": {"mae": False, "rmse": False}}
+    rows = published_for("LaMP_3", about, OPPU_100, "org/Llama-2-7B-hf")
+    same = [row for row in rows if row["method"] == "OPPU" and row["metric"] == "mae"]
+    assert [row["value"] for row in same] == [0.179]
+    assert not any("protocol" in line or "base" in line for line in same[0]["differs"])
+    assert same[0]["differs"]  # never quite the same experiment
+    assert all(any("protocol" in d for d in row["differs"]) for row in rows if row["protocol"] != OPPU_100)
+    assert published_for("movie_rating", about, OPPU_100, "x") == []
+    assert published_for("LaMP_3", about | {"generated": True}, OPPU_100, "x") == []
+    assert published_for("LaMP_3", about | {"labels": ["1", "2"]}, OPPU_100, "x") == []

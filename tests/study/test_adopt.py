@@ -1,0 +1,151 @@
+"""Which results runs of a study take over from each other, and that nothing unsafe is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proper_ds.config import validate
+from proper_ds.data.forgotten import Forgotten
+from proper_ds.observe.metrics import MetricsFile, read_events
+from proper_ds.pipeline.stages import Stage, StageList
+from proper_ds.run_folder import RunFolder
+from proper_ds.study.adopt import Donor, Wanted, adopt, choose
+from tests.study.studies import RUN, write_study
+
+
+def marker(fingerprint, batch=None):
+    return {"fingerprint": fingerprint, "made_from": {} if batch is None else {"train_batch_size": batch}}
+
+
+def test_only_the_same_result_of_the_same_kind_of_machine_is_chosen(tmp_path):
+    wanted = [Wanted("tokens", "t"), Wanted("population", "p", 16), Wanted("store/OPPU", "s")]
+    other = Donor(tmp_path / "other", {"tokens": marker("u"), "population": marker("p", 8)})
+    bf16 = Donor(tmp_path / "bf16", {"population": marker("p", 16)}, "bfloat16")
+    fp32 = Donor(tmp_path / "fp32", {"tokens": marker("t"), "population": marker("p", 16)}, "float32")
+    away = Donor(tmp_path / "away", {"store/OPPU": marker("s")}, None, frozenset({"store/OPPU"}))
+    found = choose(wanted, [other, bf16, fp32, away], None)
+    assert {name: donor.root.name for name, donor in found.items()} == {"tokens": "fp32", "population": "fp32"}
+    assert choose(wanted, [bf16], "float32") == {}
+    assert choose(wanted, [other], None) == {}
+
+
+names = st.sampled_from("abc")
+
+
+@given(
+    st.dictionaries(names, names),
+    st.lists(st.tuples(st.dictionaries(names, names), st.sampled_from([None, "float32", "bfloat16"])), max_size=4),
+)
+def test_whatever_is_chosen_is_what_was_wanted(wanted, donors):
+    stages = [Wanted(name, fingerprint) for name, fingerprint in wanted.items()]
+    made = [Donor(f"{n}", {k: marker(v) for k, v in has.items()}, dtype) for n, (has, dtype) in enumerate(donors)]
+    found = choose(stages, made, None)
+    for name, donor in found.items():
+        assert donor.markers[name]["fingerprint"] == wanted[name]
+    assert len({donor.dtype for donor in found.values()} - {None}) <= 1
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(configuration, its stages, donor): a run that has nothing, and one that has done `prepared` and `tokens`."""
+    write_study(tmp_path)
+
+    def config(name, **changes):
+        raw = RUN | {"output_dir": str(tmp_path / name), "data": {"path": str(tmp_path / "data/films")}}
+        return validate(raw | changes, "test")
+
+    stages = StageList(config("new"))
+    donor = RunFolder(tmp_path / "old")
+    for stage in stages:
+        if stage.name in ("tokens", "features"):
+            fill(donor, stage)
+    (donor.root / "dtype.json").write_text('"float32"')
+    return config, stages, donor
+
+
+def fill(folder: RunFolder, stage: Stage):
+    place = folder.stage(stage.name)
+    place.begin(stage.fingerprint, stage.about)
+    (place.path / "units").mkdir()
+    (place.path / "units/a.bin").write_bytes(b"numbers")
+    place.commit(stage.fingerprint, stage.settings, 5.0, stage.made_from)
+    MetricsFile(folder.metrics).log(stage.step, unit="a", part=stage.name)
+    MetricsFile(folder.metrics).log(stage.step, event="done", seconds=5.0)
+
+
+def test_a_result_comes_whole_with_marker_log_and_type(pair):
+    config, stages, donor = pair
+    new = RunFolder(config("new").output_path)
+    assert adopt(config("new"), stages, [donor.root, new.root]) == {"tokens": donor.root, "features": donor.root}
+    for name in ("tokens", "features"):
+        done = json.loads((new.stage(name).path / "done.json").read_text())
+        assert done["fingerprint"] == donor.stage(name).inputs()["fingerprint"]
+        assert (done["seconds"], done["adopted_from"]) == (5.0, str(donor.root))
+        copied = new.stage(name).path / "units/a.bin"
+        assert copied.read_bytes() == b"numbers"
+        assert copied.stat().st_ino != (donor.stage(name).path / "units/a.bin").stat().st_ino
+    assert [event["stage"] for event in read_events(new.metrics)[0]] == ["tokens", "features"]
+    assert json.loads((new.root / "dtype.json").read_text()) == "float32"
+    assert adopt(config("new"), stages, [donor.root]) == {}, "there is nothing left to take over"
+    assert not list(new.root.glob(".adopted*"))
+
+
+def test_what_the_run_made_itself_stays_and_other_results_move_aside(pair):
+    config, stages, donor = pair
+    new = RunFolder(config("new").output_path)
+    tokens, features = (next(stage for stage in stages if stage.name == name) for name in ("tokens", "features"))
+    new.stage("features").begin(features.fingerprint, features.about)
+    (new.stage("features").path / "half.bin").write_bytes(b"half")
+    new.stage("tokens").begin("of other settings")
+    (new.stage("tokens").path / "old.bin").write_bytes(b"old")
+    assert adopt(config("new"), stages, [donor.root]) == {"tokens": donor.root}
+    assert (new.stage("features").path / "half.bin").exists()
+    assert not (new.stage("tokens").path / "old.bin").exists()
+    assert (new.superseded("tokens")[0] / "old.bin").read_bytes() == b"old"
+    assert new.stage("tokens").is_done(tokens.fingerprint)
+
+
+def test_a_copy_cut_short_is_never_taken_for_a_result(pair, monkeypatch):
+    config, stages, donor = pair
+    new = RunFolder(config("new").output_path)
+
+    def cut(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("proper_ds.study.adopt._copy_events", cut)
+        adopt(config("new"), stages, [donor.root])
+    assert new.stage("tokens").inputs() is None
+    assert set(adopt(config("new"), stages, [donor.root])) == {"tokens", "features"}
+    assert len(read_events(new.metrics)[0]) == 2
+
+
+def test_nothing_is_taken_where_it_would_not_be_safe(pair):
+    config, stages, donor = pair
+    with donor.locked():
+        assert adopt(config("new"), stages, [donor.root]) == {}, "a run that is at work"
+    forgotten = Forgotten.read(donor.root)
+    forgotten.add(["ann"], donor.root)
+    assert adopt(config("new"), stages, [donor.root]) == {}, "somebody was forgotten there"
+    (donor.root / "forgotten.json").unlink()
+    (config("new").output_path / "forgotten").mkdir(parents=True)
+    assert adopt(config("new"), stages, [donor.root]) == {}, "somebody is being forgotten here"
+
+
+def test_adapters_outside_the_run_are_nobody_elses(pair):
+    config, _, donor = pair
+    own = config("new", evaluation={"methods": ["base", "OPPU"]}, user={"users": "needed"})
+    stages = StageList(own)
+    store = next(stage for stage in stages if stage.name == "store/OPPU")
+    fill(donor, store)
+    pointer = donor.stage(store.name).path / "elsewhere.json"
+    pointer.write_text('{"location": "/mnt/adapters/old-OPPU-1"}')
+    assert "store/OPPU" not in adopt(own, stages, [donor.root])
+    pointer.write_text('{"inside": "adapters-1"}')
+    away = own.model_copy(update={"store": own.store.model_copy(update={"location": "/mnt/adapters"})})
+    assert "store/OPPU" not in adopt(away, StageList(away), [donor.root])
+    assert adopt(own, stages, [donor.root]) == {"store/OPPU": donor.root}

@@ -1,0 +1,136 @@
+"""From study files to runs: what varies, where data and base come from, and everything wrong said at once."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proper_ds.errors import ConfigError
+from proper_ds.study.load import load_study
+from proper_ds.study.merge import merged
+from proper_ds.study.plan import plan_runs
+from tests.conftest import REPO
+from tests.study.studies import RUN, write_study
+
+
+def planned(path, *overrides):
+    return plan_runs(load_study(path, overrides), str(path))
+
+
+def test_tasks_variants_and_seeds_each_have_a_folder(tmp_path):
+    variants = {"main": None, "wide": {"group.lora.r": 8}}
+    path = write_study(tmp_path, tasks={"films": None, "books": {"seed_free": None}}, seeds=[1, 2], variants=variants)
+    with pytest.raises(ConfigError, match=r"books/main and 3 more runs: seed_free: unknown key"):
+        planned(path)
+    path = write_study(tmp_path, tasks={"films": None, "books": None}, seeds=[1, 2], variants=variants)
+    runs = planned(path)
+    assert [run.name for run in runs[:4]] == ["films/main", "films/main-2", "films/wide", "films/wide-2"]
+    assert [run.config.seed for run in runs] == [1, 2] * 4
+    assert {run.config.data.path[0] for run in runs} == {str(tmp_path / "data" / t) for t in ("films", "books")}
+    assert runs[2].config.group.lora.r == 8
+    assert runs[2].config.group.lora.lora_alpha == 8, "the rest of the section stays"
+    assert all(run.config.output_path.is_relative_to(tmp_path / "study") for run in runs)
+
+
+def test_factors_vary_one_at_a_time_or_all_together(tmp_path):
+    vary = {"group.num_experts": [2, 4], "targets": {"attention": {"group.lora.target_modules": ["q_proj"]}}}
+    names = [run.variant for run in planned(write_study(tmp_path, vary=vary))]
+    assert names == ["main", "group.num_experts=2", "group.num_experts=4", "targets=attention"]
+    grid = planned(write_study(tmp_path, vary=vary, vary_on="grid"))
+    assert [run.variant for run in grid] == [f"group.num_experts={n},targets=attention" for n in (2, 4)]
+    assert [run.config.group.num_experts for run in grid] == [2, 4]
+    assert all(run.config.group.lora.target_modules == ["q_proj"] for run in grid)
+
+
+def test_every_problem_is_told_before_anything_starts_and_once(tmp_path):
+    vary = {"group.num_experts": [1, 2], "group.top_k": [5]}
+    path = write_study(tmp_path, vary=vary, tasks={"films": None, "books": {"data.path": str(tmp_path / "no")}})
+    with pytest.raises(ConfigError) as error:
+        planned(path, "run.population.learning_rate=-1")
+    text = str(error.value)
+    assert text.count("population.learning_rate") == 1
+    assert "and 7 more runs: population.learning_rate" in text
+    assert "films/group.num_experts=1 and 1 more runs: group.num_experts" in text
+    assert "group.top_k: 5 of 3 experts leaves none out" in text
+    with pytest.raises(ConfigError, match=r"books: data.path: .*does not exist"):
+        planned(write_study(tmp_path, tasks={"films": None, "books": {"data.path": str(tmp_path / "no")}}))
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sedes": [1]}, "Did you mean `seeds`"),
+        ({"seeds": []}, "at least one of seeds"),
+        ({"run": RUN | {"output_dir": "x"}}, "remove output_dir"),
+        ({"tasks": {"../films": None}}, "folder names"),
+        ({"tasks": {"films": {"seed": 3}}}, "use `output_dir` and `seeds`"),
+        ({"generate": {"novels": {"num_users": 9}}}, "novels, which tasks does not have"),
+        ({"vary": {"group.num_experts": [2, 2]}}, "made twice"),
+        ({"vary": {"group.lora.layers": [[0, 1], "a/b"]}}, "no folder name"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        planned(write_study(tmp_path, **changes))
+
+
+def test_a_base_for_all_runs_takes_the_place_of_theirs(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(
+        '{"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1}'
+    )
+    (run,) = planned(write_study(tmp_path), f"base={base}")
+    assert run.config.base.model == str(base)
+    assert run.config.base.create is None
+    assert run.config.base.max_length == 120
+
+
+def test_a_runs_file_is_found_beside_the_study(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN | {"output_dir": "elsewhere", "seed": 9}))
+    (run,) = planned(write_study(tmp_path, run="run.yaml"))
+    assert (run.config.seed, run.config.group.num_experts) == (41, 3)
+
+
+def test_generated_data_needs_no_folder(tmp_path):
+    runs = planned(write_study(tmp_path, tasks={"made": None}, generate={"made": {"num_users": 20, "num_groups": 2}}))
+    assert runs[0].config.data.path == [
+        str(tmp_path / "study/data/made" / name) for name in ("generated_tags", "generated_ratings")
+    ]
+
+
+scalars = st.integers(0, 9)
+paths = st.sampled_from(["group.num_experts", "group.lora.r", "user.lora.r", "user.min_steps", "seed"])
+
+
+@given(st.lists(st.dictionaries(paths, scalars), max_size=4))
+def test_the_last_layer_wins_and_nothing_else_changes(layers):
+    flat = dict(itertools.chain.from_iterable(layer.items() for layer in layers))
+    found = merged(*layers)
+    for dotted, value in flat.items():
+        inner = found
+        for key in dotted.split("."):
+            inner = inner[key]
+        assert inner == value
+    assert merged(found, {}) == found
+
+
+def test_tables_of_numbers_are_replaced_and_sections_merge():
+    before = {"user": {"rank_by_history": {1: 1, 10: 2}, "lora": {"r": 2, "lora_alpha": 4}}}
+    found = merged(before, {"user.rank_by_history": {1: 4}}, {"user": {"lora": {"r": 4}}})
+    assert found == {"user": {"rank_by_history": {1: 4}, "lora": {"r": 4, "lora_alpha": 4}}}
+    assert before["user"]["rank_by_history"] == {1: 1, 10: 2}
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "cluster/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_come_with_it_are_sound(path, shared_data):
+    base = shared_data / "base_models/real-text-3m"
+    raw = yaml.safe_load(path.read_text())
+    given = [f"base={base}"] if "base" not in raw.get("run", {}) or "create" not in raw["run"]["base"] else []
+    given += [] if "generate" in raw else [f"data_root={shared_data}"]
+    assert planned(path, *given)

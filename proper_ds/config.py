@@ -238,6 +238,17 @@ def absolute(path: str) -> str:
     return str((root / Path(path).expanduser()).resolve())
 
 
+def _with_absolute_files(recipe: MethodRecipe) -> MethodRecipe:
+    """A recipe whose files and folders are found wherever a process runs; names on the hub stay as they are."""
+    prompt = dict(recipe.prompt)
+    if isinstance(prompt.get("profile_file"), str):
+        prompt["profile_file"] = absolute(prompt["profile_file"])
+    model = prompt.get("profile_model")
+    if isinstance(model, str) and (Path(absolute(model)).exists() or model.startswith((".", "/", "~"))):
+        prompt["profile_model"] = absolute(model)
+    return recipe.model_copy(update={"prompt": prompt})
+
+
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(
         update={
@@ -260,6 +271,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         update={
             "store": store,
             "output_dir": absolute(config.output_dir),
+            "recipes": {name: _with_absolute_files(recipe) for name, recipe in config.recipes.items()},
             "data": data,
             "base": base,
             "distributed": distributed,

@@ -37,6 +37,10 @@ class BusyError(ProperError):
     """Files that others changed at the same moment, time and again; trying again later helps, and the fleet does."""
 
 
+class FetchError(ProperError):
+    """A download that kept breaking off; running the same command again goes on where it stopped."""
+
+
 class FleetError(ProperError):
     """Actors or ranks that failed more often than allowed; running the same command again resumes."""
 

@@ -113,3 +113,39 @@ def oppu_profiles(
     from proper_ds.data.oppu import split_profiles
 
     typer.echo(f"{split_profiles(path, out)} profiles: {out}")
+
+
+fetch_app = typer.Typer(no_args_is_help=True, help="Download published data.")
+app.add_typer(fetch_app, name="fetch")
+
+
+@fetch_app.callback()
+def _fetch_group() -> None:
+    """Download published data."""
+
+
+@fetch_app.command("lamp")
+def fetch_lamp(
+    task: Annotated[str, typer.Option(help="1, 2 (movies), 2N (news, the old LaMP-2), 3, 4, 5 or 7.")],
+    split: Annotated[str, typer.Option(help="`user`: other people in each split; `time`: the same people, later.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; LaMP_TASK_SPLIT by default.")] = None,
+    mirror: Annotated[str | None, typer.Option(help="An address to use; also as PROPER_DS_LAMP_MIRROR.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Wait so long for the server's next bytes.")] = 60.0,
+) -> None:
+    """Download a LaMP task from its official place or a mirror. Broken off, the same command goes on."""
+    from proper_ds.data import lamp_files
+    from proper_ds.data.fetch import Fetcher
+
+    if split not in ("user", "time"):
+        raise DataError(f"--split {split!r} is not legal; give user or time")
+    folder = out or Path(f"LaMP_{task.removeprefix('LaMP_')}_{split}")
+    view = ProgressView(Console())
+    with view.running():
+        brought = lamp_files.fetch_lamp(
+            task,
+            "time" if split == "time" else "user",
+            lamp_files.mirror(mirror),
+            folder,
+            lambda url, path: Fetcher(url, path, timeout_s, progress=view.report),
+        )
+    typer.echo(f"{len(brought)} files fetched, the others were there and are whole: {folder}")

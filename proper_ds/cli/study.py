@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from proper_ds.cli.run import LOG_WIDTH, Overrides
 from proper_ds.observe.progress import ProgressView
@@ -23,9 +25,15 @@ def compare(
     study = load_study(yaml, overrides or ())
     from proper_ds.study.plan import plan_runs
     from proper_ds.study.runner import compare as run_study
+    from proper_ds.study.runner import raise_for
 
-    view = ProgressView(console())
-    run_study(study, plan_runs(study, str(yaml)), view, again)
+    planned, shown = plan_runs(study, str(yaml)), console()
+    finished, failures = run_study(study, planned, ProgressView(shown), again)
+    for run in finished:
+        typer.echo(f"{run.name}: {run.seconds:.0f} s in all stages, configuration {run.config_hash[:8]}")
+    if finished:
+        show_tables(Path(study.output_dir), shown)
+    raise_for(failures, len(planned))
 
 
 def sweep(
@@ -43,6 +51,24 @@ def sweep(
     for key, value in trial.overrides.items():
         typer.echo(f"  {key}: {value}")
     typer.echo(f"{Path(config.output_dir) / BEST}, for `chosen_by` of the run that takes it")
+
+
+def show_tables(folder: Path, shown: Console) -> None:
+    """Print the scores of all users, what each change does, and where the many other tables are."""
+    from proper_ds.study.results import WHOLE
+    from proper_ds.study.rows import ablation_table, score_table
+    from proper_ds.study.tables import NAME
+
+    results = json.loads((folder / f"{NAME}.json").read_text(encoding="utf-8"))
+    for found in [score_table(results, WHOLE), *(ablation_table(results, method) for method in results["ablations"])]:
+        table = Table(title=found.title, title_justify="left")
+        for title in found.header:
+            table.add_column(title, no_wrap=not table.columns)
+        for row in found.rows:
+            table.add_row(*row)
+        shown.print(table)
+    for ending in ("md", "html", "json"):
+        shown.print(f"{folder / NAME}.{ending}", highlight=False, soft_wrap=True)
 
 
 def console() -> Console:

@@ -1,6 +1,7 @@
 """In how many history items of the training users each word stands: what a person's own words are compared with.
 
-Made once a lane while its prompts are tokenised, and written there; `profile_text.py` reads it.
+Words that one user alone has are left out, so that the file names nobody. Made once a lane while its prompts are
+tokenised, and written there; `profile_text.py` reads it.
 """
 
 from __future__ import annotations
@@ -51,18 +52,24 @@ class Background:
     def count(cls, users: Iterable[User], train_split: str) -> Background:
         """From the histories of users with questions in `train_split` or with none at all, one user at a time."""
         counts: dict[str, Counter[str]] = {}
+        num_users: dict[str, Counter[str]] = {}
         totals: Counter[str] = Counter()
         for user in users:
             if user.queries and all(query.split != train_split for query in user.queries):
                 continue
+            own: dict[str, Counter[str]] = {}
             for item in user.history:
-                words = item_words(item)
-                totals[item.task] += len(words)
-                held = counts.setdefault(item.task, Counter())
-                held.update(words)
-                if len(held) > _PRUNE_AT:
-                    counts[item.task] = Counter(dict(_commonest(held)))
-        return cls({task: TaskBackground(dict(_commonest(held)), totals[task]) for task, held in counts.items()})
+                own.setdefault(item.task, Counter()).update(item_words(item))
+            for task, words in own.items():
+                totals[task] += words.total()
+                counts.setdefault(task, Counter()).update(words)
+                num_users.setdefault(task, Counter()).update(words.keys())
+                if len(counts[task]) > _PRUNE_AT:
+                    counts[task] = Counter(dict(_commonest(counts[task])))
+                    num_users[task] = Counter({word: num_users[task][word] for word in counts[task]})
+        for task, held in num_users.items():
+            counts[task] = Counter({word: count for word, count in counts[task].items() if held[word] > 1})
+        return cls({task: TaskBackground(dict(_commonest(words)), totals[task]) for task, words in counts.items()})
 
     def write(self, folder: Path) -> None:
         """Commit it to a lane's tokens."""

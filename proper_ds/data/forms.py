@@ -111,6 +111,16 @@ FORMS = {
         closing=f" are written by a person. {_PATTERNS}",
         cut="answer",
     ),
+    **{
+        f"LongLaMP_{kind}": Form(
+            f'the {kind} for: "{{text}}" is "{{answer}}" ',
+            f"input: {{text}} {kind}: {{answer}}",
+            what,
+            _TITLES.format(what=what),
+            cut="answer",
+        )
+        for kind, what in (("abstract", "abstracts of papers"), ("topic", "posts"), ("review", "reviews"))
+    },
     "generic": Form(
         'the answer for: "{text}" is "{answer}" ',
         "input: {text} output: {answer}",
@@ -118,4 +128,4 @@ FORMS = {
         "Describe in a few sentences how this person answers, so that the next answer could be guessed.",
     ),
 }
-"""By `TaskManifest.form`. LaMP-6 of OPPU and both of `generic` are ours: neither work has them."""
+"""By `TaskManifest.form`. LaMP-6 of OPPU, and both of `generic` and LongLaMP, are ours: neither work has them."""

@@ -281,7 +281,9 @@ def _drop_foreign(run: RunFolder, traces: Traces) -> int:
     num_foreign = 0
     for kind in ("text", "tokens", "features", "embeddings"):
         name = "prepared" if kind == "text" else kind
-        sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind.get(kind, []))}
+        if kind not in traces.by_kind:  # the run has none
+            continue
+        sought = {str(number): [trace] for number, trace in enumerate(traces.by_kind[kind])}
         first, *lanes = [run.root / name, *(place.path for place in run.in_all_lanes(name) if place.name != name)]
         foreign = {number for _, number in scan(first, [], sought, lanes).found}
         traces.by_kind[kind] = [trace for number, (trace,) in sought.items() if number not in foreign]

@@ -22,7 +22,8 @@ def verdict(low: float, high: float) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "no difference beyond the interval"
 
 
-def _gain(scores: Scores, method: str, than: str, confidence: float) -> dict[str, Any]:
+def gain(scores: Scores, method: str, than: str, confidence: float) -> dict[str, Any]:
+    """What one method gains over another, over questions and over users' own values, with intervals and a verdict."""
     a, b = scores.of(method), scores.of(than)
     sign = 1 if scores.metric.higher_is_better else -1
     low, high = percentiles(sign * (scores.value_MB[a] - scores.value_MB[b]), confidence)
@@ -40,7 +41,7 @@ def _gain(scores: Scores, method: str, than: str, confidence: float) -> dict[str
 def comparisons(scores: Scores, references: Sequence[str], confidence: float) -> list[dict[str, Any]]:
     """Every method against every reference that is there."""
     return [
-        _gain(scores, method, than, confidence)
+        gain(scores, method, than, confidence)
         for than in references
         if than in scores.methods
         for method in scores.methods
@@ -82,7 +83,7 @@ def against_floor(scores: Scores, confidence: float) -> dict[str, Any] | None:
     found = {}
     for method in scores.methods:
         if method not in FLOORS:
-            pair = _gain(scores, method, than, confidence)
+            pair = gain(scores, method, than, confidence)
             below = pair["gain"] <= 0
             standing = BELOW if below else WITHIN if pair["interval"][0] <= 0 else ABOVE
             found[method] = {

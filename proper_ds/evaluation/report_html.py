@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from html import escape
 from typing import Any
 
@@ -19,30 +20,30 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #202124; max-width: 1080px; 
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; margin: 0.8rem 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.25rem 0.8rem; border-bottom: 1px solid #eee; } th { background: #f6f7f8; }
-.wide { overflow-x: auto; } .wide td { white-space: nowrap; } tr.best td { font-weight: 600; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; } td.best { font-weight: 600; }
 .note { background: #fff4ce; padding: 0.5rem 0.8rem; border-left: 4px solid #e69f00; }
 .small { color: #5f6368; font-size: 0.9rem; } .better { color: #137333; } .worse { color: #b3261e; }
 svg { max-width: 100%; height: auto; } code { background: #f3f4f6; padding: 0 0.25rem; }
 """
 
 
-def html_table(header: list[str], rows: list[list[str]], best_first: bool = False) -> str:
-    """A table that scrolls within itself; with `best_first` the first row is marked."""
+def html_table(header: list[str], rows: list[list[str]], best: Collection[tuple[int, int]] = ()) -> str:
+    """A table that scrolls within itself; cells at the places `best` (row, column) are marked."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = [f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows]
-    if best_first and lines:
-        lines[0] = lines[0].replace("<tr>", "<tr class='best'>", 1)
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    lines = [[_cell(cell, (n, place) in best) for place, cell in enumerate(row)] for n, row in enumerate(rows)]
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _cell(text: str) -> str:
-    kind = next((f" class='{word}'" for word in ("better", "worse") if text.endswith(word)), "")
-    return f"<td{kind}>{escape(text)}</td>"
+def _cell(text: str, is_best: bool) -> str:
+    kinds = ["best"] if is_best else []
+    kinds += [word for word in ("better", "worse") if text.endswith((word, f"{word})"))]
+    return f"<td class='{' '.join(kinds)}'>{escape(text)}</td>" if kinds else f"<td>{escape(text)}</td>"
 
 
-def _titled(title: str, made: tuple[list[str], list[list[str]]], best_first: bool = False) -> str:
+def _titled(title: str, made: tuple[list[str], list[list[str]]]) -> str:
     header, rows = made
-    return f"<h3>{escape(title)}</h3>\n{html_table(header, rows, best_first)}" if rows else ""
+    return f"<h3>{escape(title)}</h3>\n{html_table(header, rows)}" if rows else ""
 
 
 def _text(line: str, kind: str = "") -> str:
@@ -57,9 +58,9 @@ def _task_part(report: dict[str, Any], task: str) -> str:
     metric, ranking = rows_of.main_metric(report, task), rows_of.ranking(report, task)
     rows = [[method, *cells] for method, cells in rows_of.results_rows(report, task)]
     parts = [f"<h2>{escape(rows_of.title_of(report, task))}</h2>"]
-    parts.append(html_table(rows_of.results_header(report, task), rows, best_first=True))
+    parts.append(html_table(rows_of.results_header(report, task), rows, [(0, 0), (0, 1)]))
     parts.append(_text(rows_of.floor_line(report, task), "small"))
-    for rival in report["protocol"]["references"][:1]:
+    for rival in rows_of.references_of(report, task)[:1]:
         others = [method for method in ranking if method != rival][:NUM_PLOTTED]
         caption = f"Gain over {rival} by history length, with paired bootstrap intervals; above zero is better."
         if len(ranking) > NUM_PLOTTED + 1:

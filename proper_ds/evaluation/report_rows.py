@@ -92,7 +92,8 @@ def pair_of(pairs: list[Pair], method: str, than: str) -> Pair | None:
     return next((pair for pair in pairs if pair["method"] == method and pair["than"] == than), None)
 
 
-def _references(report: dict[str, Any], task: str) -> list[str]:
+def references_of(report: dict[str, Any], task: str) -> list[str]:
+    """The methods that the others are compared with in a task, of those that answered it."""
     there = {pair["than"] for pair in report["tasks"][task]["comparisons"][main_metric(report, task)]}
     return [name for name in report["protocol"]["references"] if name in there]
 
@@ -100,7 +101,7 @@ def _references(report: dict[str, Any], task: str) -> list[str]:
 def difference_table(report: dict[str, Any], task: str) -> tuple[list[str], list[list[str]]]:
     """(header, rows): every method against the references and the best floor, by the main metric."""
     about, metric = report["tasks"][task], main_metric(report, task)
-    references, floor = _references(report, task), about["floor"]
+    references, floor = references_of(report, task), about["floor"]
     header = ["method", *(f"over {name}" for name in references), *([f"over {floor['than']}"] if floor else [])]
     rows = []
     for method in ranking(report, task):
@@ -116,7 +117,7 @@ def difference_table(report: dict[str, Any], task: str) -> tuple[list[str], list
 def user_mean_table(report: dict[str, Any], task: str) -> tuple[list[str], list[list[str]]]:
     """(header, rows): the same of the means of users' own values, by the main metric."""
     about, metric = report["tasks"][task], main_metric(report, task)
-    references = _references(report, task)
+    references = references_of(report, task)
     rows = []
     for method in ranking(report, task):
         entry = report["methods"][method][task][metric]
@@ -144,7 +145,7 @@ def halves_table(report: dict[str, Any], task: str) -> tuple[list[str], list[lis
     """(header, rows): every method against the references, in the lower and the upper half of history length."""
     about, metric = report["tasks"][task], main_metric(report, task)
     halves = [part for part in about["parts"] if part["part"] != "cold"]
-    references = _references(report, task)
+    references = references_of(report, task)
     header = ["method", *(f"{half['part']}: over {name}" for half in halves for name in references)]
     rows = []
     for method in ranking(report, task):

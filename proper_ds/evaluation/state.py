@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from proper_ds.evaluation.methods import Method
@@ -17,17 +18,32 @@ if TYPE_CHECKING:
     from proper_ds.training.context import RunContext
 
 _FLOAT_BYTES = 4
+_TEXTS = ("history.list.element.text", "history.list.element.answer")
 
 
 def bytes_per_user(context: RunContext, method: Method) -> float:
-    """Bytes a user of a method: the adapter as stored, and the user vector where gates depend on one."""
+    """Bytes a user of a method's state: adapter, vectors, and the history where it answers with the texts themselves.
+
+    What all users share is not counted.
+    """
     context, total = replace(context, lane=method.lane), 0.0
-    if method.own_set is not None:
-        store = open_store(context.stage(f"store/{method.own_set}").path)
-        num_users = len(store.users())
-        total += store.stats().pack_bytes / num_users if num_users else 0.0
+    num_users = context.prepared.manifest.num_users
+    if method.kind == "floor":
+        return _history_bytes(context) / num_users if method.name != "words" else 0.0
+    if method.kind == "merged":
+        return float(_FLOAT_BYTES * 2 * context.hidden_size)  # mean features of the history; the adapters are others'
+    if method.kind == "PLoRA":
+        return float(_FLOAT_BYTES * context.config.plora.user_vector_size)
+    if method.pplug is not None:
+        total += _embedding_bytes(context.stage("embeddings").path) / num_users
+    if method.adapter_set is not None:  # those trained on together with a router take as much room
+        store = open_store(context.stage(f"store/{method.adapter_set}").path)
+        num_adapters = len(store.users())
+        total += store.stats().pack_bytes / num_adapters if num_adapters else 0.0
     if method.preset is not None:
         total += _vector_bytes(context.stage(method.level_stage).path / "level.safetensors")
+    if not method.recipe.is_plain:
+        total += _history_bytes(context) / num_users
     return total
 
 
@@ -41,3 +57,25 @@ def _vector_bytes(level: Path) -> int:
     if preset["gate"] == "summed":
         return _FLOAT_BYTES * int(sizes["user_vector_size"])
     return _FLOAT_BYTES * sum(shape.in_features for shape in LoraLayout.from_json(about["layout"]).modules)
+
+
+def _embedding_bytes(folder: Path) -> int:
+    """Bytes of all users' embedded history; those of the questions come with the questions."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in ("keys", "values"):
+                rows, width = file.get_slice(name).get_shape()
+                total += _FLOAT_BYTES * rows * width
+    return total
+
+
+def _history_bytes(context: RunContext) -> int:
+    """Bytes of all users' histories as text, by the footers of the prepared files: repeated texts count once."""
+    total = 0
+    for shard in context.prepared.manifest.shards:
+        footer = pq.read_metadata(context.prepared.folder / shard.file)
+        for group in range(footer.num_row_groups):
+            columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
+            total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema in _TEXTS)
+    return total

@@ -72,7 +72,7 @@ def verify(root: Path) -> Verified:
     if not files:
         raise UserError(f"{root} holds no predictions to compute the numbers of its report from")
     scoring = Scoring(protocol["num_bootstrap_samples"], protocol["confidence"], tuple(protocol["references"]))
-    manifests = {name: _manifest_of(name, about) for name, about in report["tasks"].items()}
+    manifests = {name: manifest_of(name, about) for name, about in report["tasks"].items()}
     again = by_method(score_tasks(read_predictions(root, methods, SCORED), manifests, methods, scoring), methods)
     there = {
         name: {key: value for key, value in report["tasks"][name].items() if key in task}
@@ -123,7 +123,7 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _manifest_of(name: str, about: dict[str, Any]) -> TaskManifest:
+def manifest_of(name: str, about: dict[str, Any]) -> TaskManifest:
     """What the metrics must know of a task, from the report; prompts play no part."""
     labels = tuple(about["labels"]) if about["labels"] is not None else None
     kind, metrics = about["kind"], tuple(about["metrics"])

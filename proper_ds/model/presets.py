@@ -42,7 +42,9 @@ PRESETS = {
 }
 
 
-def preset_of(name: str, user_vector: Literal["encoder", "table"]) -> Preset:
-    """The preset called `name`; `user_vector` is what `proper` is to use (the released one has its table)."""
+def preset_of(name: str, user_vector: Literal["encoder", "table"], divide_by_experts: bool = False) -> Preset:
+    """The preset called `name`; the rest is what `proper` is to use (the released one has its own)."""
     found = PRESETS[name]
-    return found if found.gate == "double_softmax" else replace(found, user_vector=user_vector)
+    if found.gate == "double_softmax":
+        return found
+    return replace(found, user_vector=user_vector, divide_by_experts=divide_by_experts)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STATE = "study.json"
+"""In a study's folder: each planned run and whether it is done; `runner.py` keeps it."""
+
 
 @dataclass(frozen=True)
 class FinishedRun:

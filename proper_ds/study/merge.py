@@ -43,6 +43,16 @@ def _is_section(path: tuple[str, ...]) -> bool:
     return section_at(RunConfig, path) is not None
 
 
+def dotted_keys(changes: Mapping[str, Any], at: str = "") -> list[str]:
+    """Every key that changes set, dotted down to what is no section."""
+    found = []
+    for key, value in changes.items():
+        dotted = f"{at}.{key}" if at else str(key)
+        inner = isinstance(value, Mapping) and _is_section(tuple(dotted.split(".")))
+        found += dotted_keys(value, dotted) if inner else [dotted]
+    return found
+
+
 def without_model(raw: dict[str, Any]) -> dict[str, Any]:
     """The `base` section without what says which base it is, so that another can be given."""
     base = raw.get("base")

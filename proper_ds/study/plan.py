@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proper_ds.config import RunConfig, absolute, validate
+from proper_ds.config import RunConfig, absolute, apply_chosen, validate
 from proper_ds.data.sources import find_sources
 from proper_ds.errors import ConfigError, Problem, ProperError
 from proper_ds.pipeline.plan import skeleton
 from proper_ds.study.config import OWN_KEYS, Changes, StudyConfig, is_name
-from proper_ds.study.merge import merged, without_model
+from proper_ds.study.merge import dotted_keys, merged, without_model
 
 MAIN = "main"
 GENERATED_FOLDER = "data"
@@ -122,7 +122,8 @@ def _config(study: StudyConfig, task: str, change: Mapping[str, Any], seed: int,
     data_section = raw.get("data") or {}
     if study.data_root is not None and not {"path", "prepared"} & data_section.keys():
         raw = merged(raw, {"data.path": [str(Path(absolute(study.data_root)) / task)]})
-    return validate(merged(raw, {"output_dir": str(folder), "seed": seed}), "study")
+    raw = merged(raw, {"output_dir": str(folder), "seed": seed})
+    return validate(raw, "study", apply_chosen(raw, dotted_keys(change)))
 
 
 def _check_inputs(planned: list[PlannedRun], source: str, generated: set[str]) -> None:

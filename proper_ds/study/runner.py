@@ -26,10 +26,9 @@ from proper_ds.run_folder import RunFolder
 from proper_ds.study.adopt import adopt
 from proper_ds.study.cluster import SharedCluster
 from proper_ds.study.config import GeneratedData, StudyConfig
-from proper_ds.study.finished import FinishedRun
+from proper_ds.study.finished import STATE, FinishedRun
 from proper_ds.study.plan import GENERATED_FOLDER, PlannedRun
-
-STATE = "study.json"
+from proper_ds.study.tables import write_results
 
 DoRun = Callable[[PlannedRun], None]
 """Does one run to its report, or raises."""
@@ -47,23 +46,33 @@ class Failure:
         return f"{self.run.name}: {self.error or type(self.error).__name__}"
 
 
-def run_all(planned: Sequence[PlannedRun], do: DoRun, folder: Path) -> tuple[list[FinishedRun], list[Failure]]:
-    """Do every run, whatever becomes of the others, and write down after each how far the study is."""
+def run_all(
+    planned: Sequence[PlannedRun], do: DoRun, folder: Path, write: Callable[[Sequence[FinishedRun], Path], None]
+) -> tuple[list[FinishedRun], list[Failure]]:
+    """Do every run, whatever becomes of the others, and write down after each how far the study is.
+
+    Args:
+        write: makes the study's tables; called once, also where the study is stopped.
+    """
     finished, failures = list[FinishedRun](), list[Failure]()
-    for number, run in enumerate(planned, start=1):
-        get_logger().info("%s: begins, run %d of %d", run.name, number, len(planned))
-        start_s = time.perf_counter()
-        try:
-            do(run)
-            finished.append(finished_run(run))
-            get_logger().info("%s: done in %.0f s", run.name, time.perf_counter() - start_s)
-        except Exception as error:
-            failures.append(Failure(run, error))
-            if isinstance(error, ProperError):
-                get_logger().error("%s: failed: %s", run.name, error)
-            else:
-                get_logger().exception("%s: failed", run.name)
-        _write_state(planned, finished, failures, folder)
+    try:
+        for number, run in enumerate(planned, start=1):
+            get_logger().info("%s: begins, run %d of %d", run.name, number, len(planned))
+            start_s = time.perf_counter()
+            try:
+                do(run)
+                finished.append(finished_run(run))
+                get_logger().info("%s: done in %.0f s", run.name, time.perf_counter() - start_s)
+            except Exception as error:
+                failures.append(Failure(run, error))
+                if isinstance(error, ProperError):
+                    get_logger().error("%s: failed: %s", run.name, error)
+                else:
+                    get_logger().exception("%s: failed", run.name)
+            _write_state(planned, finished, failures, folder)
+    finally:
+        if finished:
+            write(finished, folder)
     return finished, failures
 
 
@@ -92,8 +101,10 @@ def _write_state(
     write_json_atomic(folder / STATE, {"is_partial": len(done) < len(planned), "runs": lines})
 
 
-def compare(study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressView, again: bool) -> list[FinishedRun]:
-    """Do the whole study and return what is finished; a second call finds it done.
+def compare(
+    study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressView, again: bool
+) -> tuple[list[FinishedRun], list[Failure]]:
+    """Do the whole study, tables included, and return what is finished and what failed; a second call finds it done.
 
     Args:
         again: whether test users may be read for other configurations than before.
@@ -120,21 +131,15 @@ def compare(study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressVie
             adopt(run.config, job.stages, roots)
             job.run()
 
-        finished, failures = run_all(planned, do, folder)
-    write_tables(finished, folder)
-    if failures:
-        raise_for(failures, len(planned), "run")
-    return finished
+        return run_all(planned, do, folder, write_results)
 
 
-def write_tables(finished: Sequence[FinishedRun], folder: Path) -> None:
-    """The study's tables, of what is there."""
-
-
-def raise_for(failures: Sequence[Failure], num_planned: int, what: str) -> None:
+def raise_for(failures: Sequence[Failure], num_planned: int) -> None:
     """Raise one error that names every run that failed: a UserError where nothing but the user can mend any of it."""
+    if not failures:
+        return
     lines = "\n".join(f"  {failure}" for failure in failures)
-    text = f"{len(failures)} of {num_planned} {what}s failed; what is there is PARTIAL\n{lines}"
+    text = f"{len(failures)} of {num_planned} runs failed, and the tables are PARTIAL\n{lines}"
     if all(isinstance(failure.error, UserError) for failure in failures):
         raise UserError(text)
     raise StudyError(f"{text}\nRun the same command again to go on")

@@ -113,6 +113,7 @@ PROPER_ONLY = {
     "users",
     "top_k",
     "num_blocks",
+    "divide_by_experts",
     "user_vector",
     "constraint_weight",
     "balance_weight",
@@ -133,6 +134,8 @@ class GroupConfig(PackedTraining):
     num_blocks: int | None = Field(default=None, ge=2)
     """`proper` only: cut the experts into so many blocks and give each user one, by likeness of histories. With expert
     parallelism a user's examples go to the rank that owns the block, and no token crosses ranks."""
+    divide_by_experts: bool = False
+    """`proper` only: multiply the experts' sum by 1/N, as the released code does and the paper does not."""
     user_vector: Literal["encoder", "table"] = "encoder"
     """`proper` only: made from the user's history, also for users never seen; or a learned row per user."""
     users: Users = "train"

@@ -70,13 +70,19 @@ def test_the_order_of_calls_changes_nothing():
     assert [once.before(n) for n in (8, 3, 5, 0, 8)] == [summary("LaMP_3", pairs).before(n) for n in (8, 3, 5, 0, 8)]
 
 
-def test_words_are_counted_once_an_item_and_the_rarest_are_left_out(monkeypatch):
+def test_words_are_counted_once_an_item_and_those_of_one_user_or_too_rare_are_left_out(monkeypatch):
     item = HistoryItem("1", "t", 0, "It is IT: a Film, film2 2films, the film's end", "x")
     assert item_words(item) == ["film", "film2", "the", "end"]
-    users = [
-        User("a", [HistoryItem("", "t", 0, text, "x") for text in ("rare film", "film noir", "noir film")]),
-        User("b", [HistoryItem("", "t", 0, "secret", "x")], [Query("q", "dev", "t", "?", None)]),
-    ]
-    assert Background.count(users, "train").of("t") == TaskBackground({"film": 3, "noir": 2, "rare": 1}, 6)
+
+    def user(key, *texts):
+        return User(key, [HistoryItem("", "t", 0, text, "x") for text in texts])
+
+    users = [user("a", "film", "film noir", "noir film"), user("b", "rare film noir"), user("c", "rare", "own")]
+    asked = user("d", "secret film")
+    asked.queries.append(Query("q", "dev", "t", "?", None))
+    found = Background.count([*users, asked], "train").of("t")
+    assert found == TaskBackground({"film": 4, "noir": 3, "rare": 2}, 10), "`own` is one user's, d is asked for dev"
     monkeypatch.setattr("proper_ds.data.background.MAX_WORDS", 2)
-    assert Background.count(users, "train").of("t") == TaskBackground({"film": 3, "noir": 2}, 6)
+    assert Background.count(users, "train").of("t") == TaskBackground({"film": 4, "noir": 3}, 10)
+    monkeypatch.setattr("proper_ds.data.background._PRUNE_AT", 2)
+    assert Background.count(users, "train").of("t") == TaskBackground({"film": 4, "noir": 3}, 10)

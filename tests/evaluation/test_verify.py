@@ -10,69 +10,20 @@ import pytest
 
 from proper_ds.errors import UserError
 from proper_ds.evaluation import report_rows
-from proper_ds.evaluation.answers import write_answers
-from proper_ds.evaluation.costs import costs_of
 from proper_ds.evaluation.published import OPPU_100, published_for
-from proper_ds.evaluation.questions import read_predictions
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
-from proper_ds.evaluation.results import Scoring, score_tasks
-from proper_ds.evaluation.verify import by_method, differences, verify, write_sums
-from tests.evaluation.crafted import RATINGS, ratings, table
+from proper_ds.evaluation.verify import differences, verify
+from tests.evaluation.crafted import RATINGS, ratings, table, write_run
 
 CHANCES = {"own-habit": 0.3, "words": 0.5, "base": 0.2, "population": 0.52, "OPPU": 0.6, "proper": 0.95}
-PROTOCOL = {
-    "name": "user-based",
-    "share_of_users_also_in_training": 0.0,
-    "split": "dev",
-    "train_split": "train",
-    "seed": 41,
-    "base": "some/base",
-    "base_parameters": 1000,
-    "base_dtype": "float32",
-    "decoding": "greedy",
-    "confidence": 0.95,
-    "num_bootstrap_samples": 100,
-    "references": ["population", "OPPU"],
-    "cautions": ["of another base"],
-}
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run's folder with every method's answers in two units, and its report.json."""
-    rows = ratings(CHANCES, num_users=40)
-    for method in CHANCES:
-        for first in (0, 20):
-            own = [r for r in rows if r["method"] == method and first <= r["user"] < first + 20]
-            write_answers(tmp_path / "predictions" / method, f"unit-{first}", table(own))
-    write_report(tmp_path)
+    write_run(tmp_path, ratings(CHANCES, num_users=40), references=("population", "OPPU"))
     return tmp_path
-
-
-def write_report(root):
-    names = list(CHANCES)
-    scoring = Scoring(100, 0.95, ("population", "OPPU"))
-    scored = by_method(score_tasks(read_predictions(root, names), {"LaMP_3": RATINGS}, names, scoring), names)
-    for about in scored["tasks"].values():
-        about["published"] = []
-    report = scored | {
-        "run": "runs/x",
-        "config_digest": "0123",
-        "protocol": PROTOCOL,
-        "predictions": write_sums(root, names),
-        "method_notes": dict.fromkeys(names, "a <b>method</b>"),
-        "costs": costs_of({name: [] for name in names}, {}, {}, []),
-        "users": {"num_users": 40, "num_cold_users": 1, "sets": {}},
-        "stages": {"population": 1.0},
-        "versions": {"torch": "1"},
-        "kept": {},
-        "gates": {},
-        "experts": {},
-        "router_jumps": [],
-    }
-    (root / "report.json").write_text(json.dumps(report), encoding="utf-8")
-    return report
 
 
 def read(run):
@@ -104,11 +55,11 @@ def test_a_changed_number_is_found(run, place):
 
 
 def test_changed_and_new_files_are_found(run):
-    path = run / "predictions" / "OPPU" / "units" / "unit-20.parquet"
+    path = run / "predictions" / "OPPU" / "units" / "unit-1.parquet"
     rows = pq.read_table(path).to_pylist()
     pq.write_table(table([rows[0] | {"prediction": "no number"}, *rows[1:]]), path)
     problems = verify(run).problems
-    assert problems[0] == "predictions/OPPU/units/unit-20.parquet: changed, new or gone"
+    assert problems[0] == "predictions/OPPU/units/unit-1.parquet: changed, new or gone"
     assert any(line.startswith("methods.") for line in problems)
 
 

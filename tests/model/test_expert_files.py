@@ -16,29 +16,30 @@ from proper_ds.model.config import FEED_FORWARD, LoraSettings
 from proper_ds.model.expert_files import write_experts
 from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout
-from proper_ds.model.presets import PRESETS
+from proper_ds.model.presets import PRESETS, preset_of
 from tests.fakes import tiny_llama
 
 N = 3
 SETTINGS = LoraSettings(r=2, lora_alpha=4.0, target_modules=FEED_FORWARD, layers=[1])
 
 
-def level_of(preset):
+def level_of(preset, divide_by_experts=False):
     targets = find_targets(tiny_llama(), SETTINGS.target_modules, SETTINGS.layers)
     sizes = {"feature_size": 4, "user_vector_size": 3} if preset == "proper" else {"num_users": 2}
-    level = GroupLevel(LoraLayout.of(targets, SETTINGS), PRESETS[preset], GroupSizes(N, **sizes), 0)
+    chosen = preset_of(preset, "encoder", divide_by_experts)
+    level = GroupLevel(LoraLayout.of(targets, SETTINGS), chosen, GroupSizes(N, **sizes), 0)
     generator = torch.Generator().manual_seed(3)
     for _, b_NEr in level.expert_weights():
         b_NEr.copy_(torch.randn(b_NEr.shape, generator=generator) * 0.3)
     return level
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_plain_peft_adds_what_the_expert_adds(preset, tmp_path):
-    level = level_of(preset)
+@pytest.mark.parametrize(("preset", "divided"), [*((name, False) for name in PRESETS), ("proper", True)])
+def test_plain_peft_adds_what_the_expert_adds(preset, divided, tmp_path):
+    level = level_of(preset, divided)
     assert write_experts(level, tmp_path, range(N), "some/base") == []
     ids = torch.arange(3, 20).unsqueeze(0)
-    factor = 1 / N if preset == "proper-released" else 1.0
+    factor = 1 / N if divided or preset == "proper-released" else 1.0
     for number in range(N):
         by_hand = tiny_llama()
         with torch.no_grad():

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proper_ds.errors import ConfigError
-from proper_ds.study.load import load_study
+from proper_ds.study.load import load_study, load_sweep
 from proper_ds.study.merge import merged
 from proper_ds.study.plan import plan_runs
+from proper_ds.study.trials import plan_trials
 from tests.conftest import REPO
 from tests.study.studies import RUN, write_study
 
@@ -104,6 +105,18 @@ def test_generated_data_needs_no_folder(tmp_path):
     ]
 
 
+def test_a_task_takes_what_a_sweep_chose_unless_a_variant_says_otherwise(tmp_path):
+    best = {"overrides": {"group.num_experts": 4}, "split": "dev", "method": "group", "metric": "f1", "num_trials": 2}
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(best))
+    tasks = {"films": {"chosen_by": str(tmp_path / "best.yaml")}, "books": None}
+    films, books = planned(write_study(tmp_path, tasks=tasks))
+    assert (films.config.group.num_experts, books.config.group.num_experts) == (4, 3)
+    assert films.config.chosen_by.num_trials == 2
+    assert books.config.chosen_by is None
+    with pytest.raises(ConfigError, match=r"films/few: group.num_experts: given besides chosen_by"):
+        planned(write_study(tmp_path, tasks=tasks, variants={"few": {"group": {"num_experts": 2}}}))
+
+
 scalars = st.integers(0, 9)
 paths = st.sampled_from(["group.num_experts", "group.lora.r", "user.lora.r", "user.min_steps", "seed"])
 
@@ -127,10 +140,18 @@ def test_tables_of_numbers_are_replaced_and_sections_merge():
     assert before["user"]["rank_by_history"] == {1: 1, 10: 2}
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "cluster/studies").glob("*.yaml")), ids=lambda path: path.stem)
+STUDIES, SWEEPS = (sorted((REPO / "cluster" / kind).glob("*.yaml")) for kind in ("studies", "sweeps"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_studies_that_come_with_it_are_sound(path, shared_data):
-    base = shared_data / "base_models/real-text-3m"
-    raw = yaml.safe_load(path.read_text())
-    given = [f"base={base}"] if "base" not in raw.get("run", {}) or "create" not in raw["run"]["base"] else []
-    given += [] if "generate" in raw else [f"data_root={shared_data}"]
-    assert planned(path, *given)
+    study = yaml.safe_load(path.read_text())
+    base = [] if "create" in study["run"]["base"] else [f"base={shared_data}/base_models/real-text-3m"]
+    data = [] if "generate" in study else [f"data_root={shared_data}"]
+    assert planned(path, *base, *data)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_sweeps_that_come_with_it_are_sound(path, shared_data):
+    given = [f"run.data.path={shared_data}/movie_rating", f"base={shared_data}/base_models/real-text-3m"]
+    assert plan_trials(load_sweep(path, given), str(path))

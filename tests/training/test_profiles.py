@@ -130,3 +130,20 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     recipe = PromptRecipe(profile="model", profile_model=str(tmp_path / "nothing"))
     with pytest.raises(AdapterError, match=r"profile_model .*nothing.*Give a folder"):
         ProfileWriter(recipe, torch.float32, torch.device("cpu"))
+
+
+def test_files_of_recipes_are_found_from_any_folder(config, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "texts.json", {})
+    raw = config.model_dump()
+    raw["evaluation"] |= {"methods": ["mine", "other", "hub"]}
+    raw["recipes"] = {
+        "mine": {"like": "PAG", "prompt": {"profile": "file", "profile_file": "texts.json"}},
+        "other": {"like": "PAG", "prompt": {"profile": "model", "profile_model": "model"}},
+        "hub": {"like": "PAG", "prompt": {"profile": "model", "profile_model": "someone/instruct"}},
+    }
+    monkeypatch.chdir(tmp_path)
+    recipes = validate(raw, "test").recipes
+    assert recipes["mine"].prompt["profile_file"] == str(tmp_path / "texts.json")
+    assert recipes["other"].prompt["profile_model"] == str(tmp_path / "model")
+    assert recipes["hub"].prompt["profile_model"] == "someone/instruct"

@@ -1,0 +1,84 @@
+"""Writes a study's tables: results.json with every number, results.md and results.html for people.
+
+`runner.py` calls `write_results` with the runs that are finished, however few.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from proper_ds.evaluation.plots import gain_by_history
+from proper_ds.evaluation.report_html import NUM_PLOTTED, html_table, page
+from proper_ds.evaluation.report_rows import main_metric, ranking, references_of
+from proper_ds.evaluation.report_text import table as markdown_table
+from proper_ds.files import write_json_atomic, write_text_atomic
+from proper_ds.study.finished import STATE, FinishedRun
+from proper_ds.study.plots import quality_against
+from proper_ds.study.results import results_of
+from proper_ds.study.rows import Table, notes_of, tables_of
+
+NAME = "results"
+
+
+def write_results(runs: Sequence[FinishedRun], folder: Path) -> None:
+    """Write the study's tables from the runs that are finished, which may be some of them, or none."""
+    results = results_of(runs, folder) | {"made_by": "proper-ds compare", "missing": _missing(folder)}
+    tables = tables_of(results)
+    write_text_atomic(folder / f"{NAME}.html", _html(results, tables, _gains(runs, results)))
+    write_text_atomic(folder / f"{NAME}.md", _markdown(results, tables))
+    write_json_atomic(folder / f"{NAME}.json", results)
+
+
+def _missing(folder: Path) -> list[str]:
+    """Names of the runs that are planned and not finished."""
+    path = folder / STATE
+    if not path.exists():
+        return []
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return ["/".join(Path(run["folder"]).parts[-2:]) for run in state["runs"] if run["state"] != "done"]
+
+
+def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
+    parts = ["# proper_ds study", "", *(f"- {line}" for line in notes_of(results)), ""]
+    for table in tables:
+        rows = [
+            [f"**{cell}**" if (n, place) in table.best else cell for place, cell in enumerate(row)]
+            for n, row in enumerate(table.rows)
+        ]
+        parts += [f"## {table.title}", "", markdown_table(table.header, rows), ""]
+        parts += [table.note, ""] if table.note else []
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _html(results: dict[str, Any], tables: Sequence[Table], gains: Sequence[tuple[str, str]]) -> str:
+    notes = "".join(f"<li>{escape(line)}</li>" for line in notes_of(results))
+    parts = ["<h1>proper_ds study</h1>", f"<ul>{notes}</ul>"]
+    for table in tables:
+        parts += [f"<h2>{escape(table.title)}</h2>", html_table(table.header, table.rows, table.best)]
+        parts.append(f"<p class='small'>{escape(table.note)}</p>" if table.note else "")
+    for cost, label in (("bytes_per_user", "bytes a user"), ("train_seconds", "training seconds")):
+        svg = quality_against(results, cost, label)
+        parts += [f"<h2>Quality against {label}</h2>", f"<figure>{svg}</figure>"] if svg else []
+    for title, svg in gains:
+        parts += [f"<h2>{escape(title)}</h2>", f"<figure>{svg}</figure>"]
+    return page("proper_ds study", parts)
+
+
+def _gains(runs: Sequence[FinishedRun], results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(title, plot) of the best methods' gains by history length, for each task of the first seed's run."""
+    found = []
+    for name, column in results["columns"].items():
+        wanted = (column["task"], results["baseline"])
+        run = next((r for r in runs if (r.task, r.variant) == wanted and column["inner"] in r.report["tasks"]), None)
+        inner = column["inner"]
+        rival = next(iter(references_of(run.report, inner)), None) if run else None
+        if run is None or rival is None:
+            continue
+        others = [method for method in ranking(run.report, inner) if method != rival][:NUM_PLOTTED]
+        svg = gain_by_history(run.report["tasks"][inner], main_metric(run.report, inner), rival, others)
+        found += [(f"{name}: gain over {rival} by history length, the best methods", svg)] if svg else []
+    return found

@@ -1,0 +1,177 @@
+"""A study's tables, from runs with crafted predictions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proper_ds.study.finished import FinishedRun
+from proper_ds.study.paired import paired_difference
+from proper_ds.study.plots import unbeaten
+from proper_ds.study.results import results_of
+from proper_ds.study.rows import NOT_RUN, tables_of
+from proper_ds.study.tables import write_results
+from tests.evaluation.crafted import PROTOCOL, ratings, write_run
+
+CHANCES = {"words": 0.5, "population": 0.3, "OPPU": 0.6, "proper": 0.9}
+
+
+@pytest.fixture
+def finish(tmp_path):
+    """`finish(task, variant, rows, seed)`: a finished run with its predictions on disk."""
+
+    def made(task, variant, rows, seed=41):
+        folder = tmp_path / task / (variant if seed == 41 else f"{variant}-{seed}")
+        folder.mkdir(parents=True, exist_ok=True)
+        report = write_run(folder, rows, references=("population", "OPPU"))
+        return FinishedRun(task, variant, seed, folder, report, f"hash-{variant}", 12.0)
+
+    return made
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(finish, tmp_path):
+    films = finish("films", "main", ratings(CHANCES, 40))
+    books = finish("books", "main", ratings({"OPPU": 0.5, "proper": 0.9}, 20, seed=1))
+    write_results([films, books], tmp_path)
+    results = read(tmp_path)
+    assert list(results["columns"]) == ["films", "books"]
+    cell = results["methods"]["all"]["proper"]["films"]
+    assert cell["value"] == films.report["methods"]["proper"]["LaMP_3"]["mae"]["value"]
+    assert cell["interval"] == films.report["methods"]["proper"]["LaMP_3"]["mae"]["interval"]
+    assert "books" not in results["methods"]["all"]["population"]
+    first = tables_of(results)[0]
+    assert first.rows[0][0] == "proper"
+    by_method = {row[0]: row[1:] for row in first.rows}
+    assert by_method["population"][1] == NOT_RUN
+    assert by_method["population"][0].endswith("▼")  # a bag of words does better
+    assert {(0, 1), (0, 2)} == set(first.best)
+    text = (tmp_path / "results.md").read_text()
+    assert f"| **{by_method['proper'][0]}** |" in text
+    assert "hash-main" in text
+    assert (tmp_path / "results.html").read_text().count("<svg") >= 3
+
+
+def test_halves_and_cold_users_have_tables_of_their_own(finish, tmp_path):
+    run = finish("films", "main", ratings(CHANCES, 40))
+    results = results_of([run], tmp_path)
+    parts = {part["part"]: part for part in run.report["tasks"]["LaMP_3"]["parts"]}
+    for part in ("lower half", "upper half", "cold"):
+        wanted = parts[part]["methods"]["OPPU"]["mae"]["value"]
+        assert results["methods"][part]["OPPU"]["films"]["value"] == wanted
+    (wanted,) = (
+        pair
+        for pair in parts["lower half"]["comparisons"]["mae"]
+        if (pair["method"], pair["than"]) == ("proper", "OPPU")
+    )
+    found = results["differences"]["lower half"]["OPPU"]["proper"]["films"]
+    assert (found["gain"], found["interval"], found["verdict"]) == (wanted["gain"], wanted["interval"], "better")
+
+
+def test_every_row_of_every_table_is_as_wide_as_its_header(finish, tmp_path):
+    runs = [finish("films", variant, ratings(CHANCES, 20)) for variant in ("main", "wide")]
+    runs.append(finish("books", "wide", ratings({"OPPU": 0.5}, 20)))
+    results = results_of(runs, tmp_path) | {"made_by": "x", "missing": []}
+    tables = tables_of(results)
+    assert len(tables) > 10
+    for table in tables:
+        assert {len(row) for row in table.rows} == {len(table.header)}, table.title
+
+
+def test_without_any_run_there_is_a_file_that_says_so(tmp_path):
+    lines = [{"task": "a", "variant": "main", "seed": 41, "folder": "studies/a/main", "state": "failed"}]
+    (tmp_path / "study.json").write_text(json.dumps({"is_partial": True, "runs": lines}))
+    write_results([], tmp_path)
+    assert read(tmp_path)["missing"] == ["a/main"]
+    assert "PARTIAL: a/main" in (tmp_path / "results.md").read_text()
+
+
+def test_several_seeds_have_a_mean_and_a_range(finish, tmp_path):
+    runs = [finish("films", "main", ratings(CHANCES, 30, seed=seed), seed) for seed in (41, 42, 43)]
+    results = results_of(runs, tmp_path) | {"made_by": "x", "missing": []}
+    values = [run.report["methods"]["OPPU"]["LaMP_3"]["mae"]["value"] for run in runs]
+    cell = results["methods"]["all"]["OPPU"]["films"]
+    assert cell["value"] == pytest.approx(sum(values) / 3)
+    assert cell["by_seed"] == {"41": values[0], "42": values[1], "43": values[2]}
+    row = next(row for row in tables_of(results)[0].rows if row[0] == "OPPU")
+    assert f"({min(values):.3f} to {max(values):.3f}, 3 seeds)" in row[1]
+
+
+def test_variants_are_paired_by_question_whatever_else_differs(finish, tmp_path):
+    rows = ratings({"OPPU": 0.4}, 30)
+    better = [r | {"prediction": r["gold"]} if r["user"] % 2 else r for r in rows]
+    fewer = [r | {"user": 29 - r["user"]} for r in reversed(better) if r["user"] < 20]  # other users, other indices
+    main, other = finish("films", "main", rows), finish("films", "other", fewer)
+    results = results_of([main, other], tmp_path)
+    cells = results["ablations"]["OPPU"]["films"]
+    assert cells["main"]["difference"] is None
+    difference = cells["other"]["difference"]
+    assert (difference["num_questions"], difference["num_users"]) == (60, 20)
+    assert difference["verdict"] == "better"
+    common = [r for r in rows if r["user"] < 20]
+    errors = sum(abs(int(r["prediction"]) - int(r["gold"])) for r in common if r["user"] % 2)
+    assert difference["gain"] == pytest.approx(errors / len(common))
+
+
+def test_runs_without_a_common_question_are_not_compared(finish):
+    rows = ratings({"OPPU": 0.4}, 5)
+    others = [r | {"id": f"other-{r['id']}"} for r in rows]
+    main, other = finish("films", "main", rows), finish("films", "other", others)
+    assert paired_difference([main], [other], "LaMP_3", "OPPU") is None
+
+
+def test_seeds_are_paired_with_themselves(finish):
+    main = [finish("films", "main", ratings({"OPPU": 0.5}, 20, seed=seed), seed) for seed in (41, 42)]
+    same = [finish("films", "same", ratings({"OPPU": 0.5}, 20, seed=seed), seed) for seed in (42, 41, 43)]
+    found = paired_difference(main, same, "LaMP_3", "OPPU")
+    assert (found["gain"], found["interval"], sorted(found["seeds"])) == (0, [0, 0], [41, 42])
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 12))
+def test_the_difference_of_runs_is_that_of_two_methods_of_one_run(finish, one, other, num_users):
+    both = ratings({"OPPU": one, "proper": other}, num_users)
+    inside = finish("films", "both", both)
+    first = finish("films", "main", [r for r in both if r["method"] == "OPPU"])
+    second = finish("films", "other", [r | {"method": "OPPU"} for r in both if r["method"] == "proper"])
+    found = paired_difference([first], [second], "LaMP_3", "OPPU")
+    (wanted,) = (
+        pair
+        for pair in inside.report["tasks"]["LaMP_3"]["comparisons"]["mae"]
+        if (pair["method"], pair["than"]) == ("proper", "OPPU")
+    )
+    for key in ("gain", "interval", "user_mean_gain", "user_mean_interval", "verdict"):
+        assert found[key] == (wanted[key] if isinstance(wanted[key], str) else pytest.approx(wanted[key]))
+    assert PROTOCOL["num_bootstrap_samples"] == 100  # both drew as often
+
+
+def test_costs_are_summed_over_tasks_and_unknown_ones_are_not_guessed(finish, tmp_path):
+    films, books = (finish(task, "main", ratings(CHANCES, 10)) for task in ("films", "books"))
+    books.report["costs"]["OPPU"]["train_tokens"] = None
+    results = results_of([films, books], tmp_path) | {"made_by": "x", "missing": []}
+    table = next(table for table in tables_of(results) if table.title == "What each method cost")
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["proper"][:4] == ["2", "30", "3,000", "300"]
+    assert rows["OPPU"][2] == "?"
+
+
+POINTS = st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8)
+
+
+@given(POINTS, st.booleans())
+def test_nothing_cheaper_beats_the_front(points, higher):
+    front = unbeaten(points, higher)
+    sign = 1 if higher else -1
+    for method, (cost, value) in points.items():
+        as_good = [n for n in front if points[n][0] <= cost and sign * points[n][1] >= sign * value]
+        assert as_good, method
+    for earlier, later in itertools.pairwise(front):
+        assert points[earlier][0] < points[later][0]
+        assert sign * points[earlier][1] < sign * points[later][1]

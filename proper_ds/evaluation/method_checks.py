@@ -1,4 +1,4 @@
-"""Checks of what belongs to PPlug, PLoRA, merged adapters and the learned start; called by `proper_ds.checks` with all others."""
+"""Checks of what belongs to PPlug, PLoRA, merged adapters and the learned start; `proper_ds.checks` calls them."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from proper_ds.data.recipe import recipe_problems
 from proper_ds.distributed.config import DistributedConfig
-from proper_ds.distributed.ds_config import read_ds_file, resolve_ds
+from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.errors import Problem
-from proper_ds.evaluation.method_checks import check_rivals
+from proper_ds.evaluation.method_checks import check_rivals, check_start
 from proper_ds.evaluation.methods import METHODS, all_methods, changed_recipe, methods_of, needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import is_changed
@@ -39,6 +39,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_recipes(config),
         *_methods(config),
         *check_rivals(config),
+        *check_start(config),
         *_update(config),
         *_ranks(config.distributed),
         *_deepspeed(config),
@@ -91,6 +92,7 @@ def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
     return [
         ("population", config.population),
         ("group", config.group),
+        ("start", config.start),
         ("router", config.router),
         ("joint", config.joint),
         ("pplug", config.pplug),
@@ -104,6 +106,7 @@ def _trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
     is_needed = {
         "population": needs.population,
         "group": bool(needs.presets),
+        "start": bool(needs.starts),
         "router": bool(needs.routers),
         "joint": bool(needs.joints),
         "pplug": bool(needs.pplugs),
@@ -356,6 +359,11 @@ def _deepspeed(config: RunConfig) -> list[Problem]:
         return [Problem(key, str(error), "Give the path of a DeepSpeed JSON, such as ds_configs/zero2.json.")]
     bf16 = config.base.dtype == "bfloat16" or (config.base.dtype == "auto" and _bf16_given(raw))
     found: dict[str, Problem] = {}
+    if needs_of(config).starts and zero_stage(raw) == 3:
+        wrong = (
+            "`learned` runs users' own trainings, unlike many on each rank, through the whole base: not under ZeRO 3"
+        )
+        found["user.start"] = Problem("user.start", wrong, "Use a file of a lower ZeRO stage, or `user.start: fresh`.")
     for name, stage in _trained_stages(config):
         _, problems = resolve_ds(raw, name, stage, config.distributed.num_ranks, bf16)
         for problem in problems:

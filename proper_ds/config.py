@@ -33,6 +33,7 @@ from proper_ds.training.config import (
     PopulationConfig,
     PplugConfig,
     RouterConfig,
+    StartConfig,
     UserConfig,
 )
 
@@ -49,6 +50,7 @@ class RunConfig(Section):
     base: BaseConfig = BaseConfig()
     population: PopulationConfig = PopulationConfig()
     group: GroupConfig = GroupConfig()
+    start: StartConfig = StartConfig()
     user: UserConfig = UserConfig()
     router: RouterConfig = RouterConfig()
     joint: JointConfig = JointConfig()

@@ -124,6 +124,21 @@ def test_sections_of_methods_that_are_not_asked_for_have_no_effect(load):
     assert "more than merge.num_anchors 2" in found["merge.num_neighbours"]
 
 
+def test_a_learned_start_refuses_what_cannot_go_with_it(load):
+    assert "start.learning_rate" in problems(load, "start.learning_rate=0.1")
+    learned = "user.start=learned"
+    assert "preset proper" in problems(load, learned, "evaluation.methods=[base,OPPU]")["user.start"]
+    both = problems(load, learned, "user.rank_by_history={1: 4}", "user.early_stopping_patience=1", "user.min_steps=9")
+    assert set(both) == {"user.rank_by_history", "user.early_stopping_patience"}, "OPPU trains by user.min_steps"
+    only = problems(load, learned, "evaluation.methods=[proper]", "user.min_steps=9")
+    assert "start.user_min_steps" in only["user.min_steps"]
+    assert "ZeRO" in problems(load, learned, "distributed.deepspeed=ds_configs/zero3.json")["user.start"]
+    assert "questions alone" in problems(load, learned, "start.train_on=[history]")["start.train_on"]
+    config = load(GOOD, learned, "start.user_min_steps=7")
+    assert config.start.for_users(config.user).min_steps == 7
+    assert config.start.for_users(config.user).lora == config.user.lora
+
+
 def test_stages_that_no_method_needs_contradict_nothing(load, tmp_path):
     same_split = [f"{section}.train_on=[history]" for section in ("population", "group", "router")]
     assert load(GOOD, "evaluation.split=train", *same_split)

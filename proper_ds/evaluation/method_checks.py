@@ -1,4 +1,4 @@
-"""Checks of what belongs to PPlug, PLoRA and merged adapters; called by `proper_ds.checks` with all others."""
+"""Checks of what belongs to PPlug, PLoRA, merged adapters and the learned start; `proper_ds.checks` calls them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from proper_ds.errors import Problem
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.model.config import NUM_PERSONAL
 from proper_ds.section import is_changed
+from proper_ds.training.config import REPLACED
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -39,4 +40,25 @@ def check_rivals(config: RunConfig) -> list[Problem]:
     if config.merge.num_neighbours > config.merge.num_anchors:
         wrong = f"{config.merge.num_neighbours} is more than merge.num_anchors {config.merge.num_anchors}"
         problems.append(Problem("merge.num_neighbours", wrong, "Lower it, or raise num_anchors."))
+    return problems
+
+
+def check_start(config: RunConfig) -> list[Problem]:
+    """Everything wrong with section `start` and `user.start`."""
+    key, user, needs, problems = "user.start", config.user, needs_of(config), []
+    if user.start == "fresh":
+        mend = "Remove it, or set `user.start: learned`."
+        changed = [name for name in sorted(type(config.start).model_fields) if is_changed(config.start, name)]
+        return [Problem(f"start.{name}", "has no effect without a learned start", mend) for name in changed]
+    if not needs.starts:
+        mend = "Remove it, or evaluate a method with user adapters of preset proper."
+        problems.append(Problem(key, "has no effect: only adapters of preset proper can start from it", mend))
+    for name in ("rank_by_history", "early_stopping_patience"):
+        if getattr(user, name) is not None:
+            wrong = "cannot work with a learned start, which is of one rank and knows how far the training goes"
+            problems.append(Problem(f"user.{name}", wrong, "Remove it, or set `user.start: fresh`."))
+    for name in REPLACED if set(needs.adapter_sets) == set(needs.starts) else ():
+        if is_changed(user, name):
+            mend = f"Remove it, or set start.user_{name}."
+            problems.append(Problem(f"user.{name}", "has no effect: all adapters start from the learned start", mend))
     return problems

@@ -168,6 +168,7 @@ class LaneNeeds:
         routers: LoRA-aware routers, by preset.
         joints: LoRA-aware routers that are trained together with users' adapters, by preset.
         pplugs: stages of learned user tokens.
+        starts: learned starts of users' LoRAs, by preset.
     """
 
     recipe: PromptRecipe
@@ -179,6 +180,7 @@ class LaneNeeds:
     pplugs: tuple[str, ...]
     plora: bool
     merged: bool
+    starts: tuple[str, ...]
 
     def stages(self, user_vector: Literal["encoder", "table"]) -> list[str]:
         """Full names of the stages of this lane, in order."""
@@ -188,7 +190,8 @@ class LaneNeeds:
         found += ["features"] if encoders or self.merged else []
         found += ["embeddings"] if self.pplugs else []
         found += [*self.pplugs, *(["plora"] if self.plora else [])]
-        found += [f"group/{name}" for name in self.presets] + [f"store/{name}" for name in self.adapter_sets]
+        found += [f"group/{name}" for name in self.presets] + [f"start/{name}" for name in self.starts]
+        found += [f"store/{name}" for name in self.adapter_sets]
         found += [f"router/{name}" for name in self.routers] + [f"store/{name}-joint" for name in self.joints]
         return [in_lane(name, self.recipe.lane) for name in found]
 
@@ -229,6 +232,11 @@ class Needs:
     def joints(self) -> tuple[str, ...]:
         """Jointly trained routers of all lanes, by preset."""
         return _once([name for lane in self.lanes for name in lane.joints])
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Learned starts of users' LoRAs of all lanes, by preset."""
+        return _once([name for lane in self.lanes for name in lane.starts])
 
     @property
     def pplugs(self) -> tuple[str, ...]:
@@ -277,7 +285,7 @@ def changed_recipe(like: Method, prompt: dict[str, Any]) -> tuple[PromptRecipe |
 
 def needs_of(config: RunConfig) -> Needs:
     """The stages behind a run's methods, each once, in the order of the methods."""
-    return needs_of_methods(methods_of(config))
+    return needs_of_methods(methods_of(config), config.user.start == "learned")
 
 
 def stages_of(config: RunConfig) -> list[str]:
@@ -286,27 +294,30 @@ def stages_of(config: RunConfig) -> list[str]:
     return ["prepared", "base", *lanes, *(f"predictions/{method.name}" for method in methods_of(config))]
 
 
-def needs_of_methods(methods: Sequence[Method]) -> Needs:
-    """The same for methods at hand."""
+def needs_of_methods(methods: Sequence[Method], learned_start: bool) -> Needs:
+    """The same for methods at hand; `learned_start` as in `user.start`."""
     asked = [method for method in methods if method.kind != "floor"]
     lanes = sorted(_once([method.lane for method in asked]), key=bool)  # the plain one first
     return Needs(
-        tuple(_lane_needs([method for method in asked if method.lane == lane]) for lane in lanes),
+        tuple(_lane_needs([method for method in asked if method.lane == lane], learned_start) for lane in lanes),
         tuple(method.name for method in methods if method.kind == "floor"),
     )
 
 
-def _lane_needs(methods: list[Method]) -> LaneNeeds:
+def _lane_needs(methods: list[Method], learned_start: bool) -> LaneNeeds:
+    sets = _once([method.adapter_set for method in methods])
     return LaneNeeds(
         recipe=methods[0].recipe,
         population=any(method.population for method in methods),
         presets=_once([method.preset for method in methods]),
-        adapter_sets=_once([method.adapter_set for method in methods]),
+        adapter_sets=sets,
         routers=_once([method.router for method in methods]),
         joints=_once([method.preset for method in methods if method.gates == "joint"]),
         pplugs=_once([method.pplug for method in methods]),
         plora=any(method.kind == "PLoRA" for method in methods),
         merged=any(method.kind == "merged" for method in methods),
+        # OPPU and the released preset are what they are
+        starts=tuple(name for name in sets if learned_start and name == "proper"),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from proper_ds.data.config import DataConfig
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.oppu import HELD_OUT
 from proper_ds.data.prepared import PreparedData
@@ -49,7 +50,7 @@ def protocol_of(context: RunContext) -> dict[str, Any]:
         "num_bootstrap_samples": evaluation.num_bootstrap_samples,
         "references": evaluation.compared_with,
     }
-    return found | {"cautions": cautions(found, context.prepared.manifest, data.max_users_per_split)}
+    return found | {"cautions": cautions(found, context.prepared.manifest, data)}
 
 
 def users_of(prepared: PreparedData, split: str) -> np.ndarray:
@@ -98,7 +99,7 @@ def decoding(evaluation: EvaluationConfig) -> str:
     return f"closed label sets: the likeliest label (ratings: {rating}); free text: {greedy}"
 
 
-def cautions(protocol: dict[str, Any], manifest: Manifest, max_users: int | None) -> list[str]:
+def cautions(protocol: dict[str, Any], manifest: Manifest, data: DataConfig) -> list[str]:
     """Why the figures must not be put beside published ones as if they were of one experiment."""
     found = ["Published figures are of other bases, mostly 3 to 11 billion parameters, and other code."]
     if protocol["split"] != TEST:
@@ -108,8 +109,12 @@ def cautions(protocol: dict[str, Any], manifest: Manifest, max_users: int | None
         found.append(
             f"The split is neither LaMP's user-based nor its time-based one: {share} of the users asked train."
         )
-    if max_users is not None:
-        found.append(f"Only the first {max_users} users of each split took part (data.max_users_per_split).")
+    if data.max_users_per_split is not None:
+        about = f"Only the first {data.max_users_per_split} users of each split took part"
+        found.append(f"{about} (data.max_users_per_split).")
+    if data.max_history_items is not None:
+        about = f"Of each history only the newest {data.max_history_items} items were used"
+        found.append(f"{about} (data.max_history_items).")
     own = [name for name, task in manifest.tasks.items() if name not in TASKS or task.lamp_id == "generic"]
     if own:
         found.append(f"{', '.join(own)}: not LaMP's own data.")

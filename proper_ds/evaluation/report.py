@@ -119,7 +119,8 @@ def _costs(context: RunContext) -> dict[str, Any]:
 
 def _stages_behind(method: Method, config: RunConfig) -> list[str]:
     """The stages that had to be trained or computed for a method, in order; preparing the data is everybody's."""
-    lanes = [stage for lane in needs_of_methods([method]).lanes for stage in lane.stages(config.group.user_vector)]
+    needs = needs_of_methods([method], config.user.start == "learned")
+    lanes = [stage for lane in needs.lanes for stage in lane.stages(config.group.user_vector)]
     return [stage for stage in lanes if split_lane(stage)[0] != "tokens"]
 
 

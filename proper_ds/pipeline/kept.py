@@ -14,7 +14,7 @@ from proper_ds.run_folder import RunFolder
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
-KEPT_STEPS = ("base", "population", "group", "router")
+KEPT_STEPS = ("base", "population", "group", "start", "router")
 IDLE = ("num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
 """Settings that say how the work is cut, not what is learned: they may change from night to night."""
 _KEYS = {

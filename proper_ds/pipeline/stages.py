@@ -19,7 +19,7 @@ from proper_ds.evaluation.methods import LaneNeeds, methods_of, needs_of
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
-from proper_ds.pipeline.kept import KEPT_STEPS, Kept
+from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, Kept
 from proper_ds.run_folder import RunFolder, in_lane
 from proper_ds.training.config import PROPER_ONLY
 
@@ -40,6 +40,7 @@ STEPS = (
     "pplug",
     "plora",
     "group",
+    "start",
     "user",
     "router",
     "floors",
@@ -135,6 +136,8 @@ class StageList:
         self._add_rivals(needs)
         for preset in needs.presets:
             self._add_group(preset, lane)
+        for preset in needs.starts:
+            self._add_start(preset, lane)
         for adapter_set in needs.adapter_sets:
             self._add_store(adapter_set, lane)
         for preset in needs.routers:
@@ -295,10 +298,20 @@ class StageList:
             settings = {key: value for key, value in settings.items() if key not in PROPER_ONLY}
         self._add(f"group/{preset}", "group", "ranks", settings, before, lane=lane)
 
+    def _add_start(self, preset: str, lane: str) -> None:
+        """The start depends on how users train from it, but for what says how their work is cut."""
+        user = _dump(self._config.start.for_users(self._config.user))
+        for name in ("only_changed", "users", "max_history_items", "start", *IDLE):
+            user.pop(name, None)
+        settings = self._rank_settings("start") | {"user": user}
+        self._add(f"start/{preset}", "start", "ranks", settings, ["population", f"group/{preset}"], lane=lane)
+
     def _add_store(self, adapter_set: str, lane: str) -> None:
         config = self._config
-        settings = _dump(config.user)
+        is_learned = adapter_set in needs_of(config).starts
+        settings = _dump(config.start.for_users(config.user) if is_learned else config.user)
         settings.pop("only_changed")
+        settings.pop("start")  # said by the stages before it
         settings |= {
             "seed": config.seed,
             "dtype": config.base.dtype,
@@ -314,6 +327,7 @@ class StageList:
             if adapter_set == "OPPU" and needs_of(config).merged:
                 settings["num_anchors"] = config.merge.num_anchors
         before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
+        before += [f"start/{adapter_set}"] if is_learned else []
         name = in_lane(f"store/{adapter_set}", lane)
         prints = {other: self._print_of(other, lane) for other in [*before, "tokens"]}
         made_from = prints | {"order": self._order}

@@ -82,6 +82,7 @@ class Steps:
             "pplug": self._ranks,
             "plora": self._ranks,
             "group": self._ranks,
+            "start": self._ranks,
             "user": self._users,
             "router": self._ranks,
             "floors": self._floors,

@@ -159,6 +159,9 @@ class UserConfig(OptimSettings):
     lora: LoraSettings = LoraSettings()
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Rounded up to whole steps, of which a user with little history has few; the first warm-up step learns nothing."""
+    start: Literal["fresh", "learned"] = "fresh"
+    """Where adapters of preset `proper` start: `fresh` (A at random, B zero), or `learned` over the training users by a
+    stage of its own (section `start`, whose settings take the place of some of these). OPPU's are always fresh."""
     users: Literal["all", "needed"] = "all"
     """`needed`: only users that are evaluated, and those the router learns from."""
     only_changed: bool = False
@@ -197,6 +200,48 @@ class UserConfig(OptimSettings):
         if self.rank_by_history is None:
             return self.lora.r
         return self.rank_by_history[max(least for least in self.rank_by_history if least <= max(1, num_items))]
+
+
+REPLACED = ("learning_rate", "num_train_epochs", "min_steps")
+"""Settings of the user stage that a learned start has its own of, called `user_...`."""
+
+
+class StartConfig(RankTraining):
+    """The learned start of users' LoRAs (`user.start: learned`), and how users train from there.
+
+    A batch counts users. Each learns from the history as in the user stage, then answers the training questions.
+    """
+
+    learning_rate: float = Field(default=3e-3, gt=0)
+    factor_learning_rate: float = Field(default=0.1, gt=0)
+    """Of the logarithms of step sizes and shrinkage, under the same schedule."""
+    prior_items: float = Field(default=1.0, gt=0)
+    """At first a user with n items keeps n / (n + prior_items) of what was learned from them; learned from there."""
+    per_device_train_batch_size: int = Field(default=32, ge=1)
+    num_train_epochs: int = Field(default=2, ge=1)
+    train_on: list[Examples] = ["queries"]
+    """Only `queries`: a start is judged by questions about items that are newer than the history."""
+    max_history_items: int = Field(default=32, ge=1)
+    """Training users learn from their newest so many items here, to save time."""
+    short_history_probability: float = Field(default=0.5, ge=0, le=1)
+    """How often a training user learns from some items only, of a number drawn log-uniformly up to all."""
+    user_learning_rate: float = Field(default=3e-3, gt=0)
+    """Takes the place of `user.learning_rate`; what is learned multiplies it."""
+    user_num_train_epochs: int = Field(default=1, ge=1)
+    """Takes the place of `user.num_train_epochs`."""
+    user_min_steps: int = Field(default=5, ge=0)
+    """Takes the place of `user.min_steps`: from a learned start fewer steps are needed than from a fresh one."""
+
+    @field_validator("train_on")
+    @classmethod
+    def _questions_only(cls, value: list[str]) -> list[str]:
+        if value != ["queries"]:
+            raise ValueError("a start is judged by questions alone: leave it out, or give [queries]")
+        return value
+
+    def for_users(self, user: UserConfig) -> UserConfig:
+        """The settings of users that train from the learned start."""
+        return user.model_copy(update={name: getattr(self, f"user_{name}") for name in REPLACED})
 
 
 class RouterConfig(RankTraining):

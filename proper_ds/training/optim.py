@@ -21,8 +21,11 @@ _CACHE_BYTES = 256 << 10
 class SlotAdamW:
     """AdamW (Loshchilov and Hutter 2019) over the rows of a [S, P] buffer, in place."""
 
-    def __init__(self, weights_SP: Tensor, grads_SP: Tensor, settings: OptimSettings) -> None:
-        self._settings = settings
+    def __init__(
+        self, weights_SP: Tensor, grads_SP: Tensor, settings: OptimSettings, factor_P: Tensor | None = None
+    ) -> None:
+        """`factor_P` multiplies the learning rate of each number of every adapter; weight decay keeps to the rate."""
+        self._settings, self._factor_P = settings, factor_P
         self._weights_SP, self._grads_SP = weights_SP, grads_SP
         self._first_SP = torch.zeros_like(weights_SP)
         self._second_SP = torch.zeros_like(weights_SP)
@@ -69,5 +72,8 @@ class SlotAdamW:
         first_BP.lerp_(grads_BP, 1 - s.adam_beta1)
         second_BP.mul_(s.adam_beta2).addcmul_(grads_BP, grads_BP, value=1 - s.adam_beta2)
         denominator_BP = second_BP.sqrt().div_(correction_B1).add_(s.adam_epsilon)
-        self._weights_SP[block].mul_(decay_B1).addcmul_(torch.div(first_BP, denominator_BP), rate_B1)
+        update_BP = torch.div(first_BP, denominator_BP)
+        if self._factor_P is not None:
+            update_BP.mul_(self._factor_P)
+        self._weights_SP[block].mul_(decay_B1).addcmul_(update_BP, rate_B1)
         grads_BP.zero_()

@@ -18,6 +18,7 @@ from proper_ds.training.population import PopulationStage
 from proper_ds.training.pplug import PplugStage
 from proper_ds.training.rank_stage import CHECKPOINT, RankStage, run_rank_stage
 from proper_ds.training.router import RouterStage
+from proper_ds.training.start import StartStage
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
     """The stage of this full name, in its lane.
 
-    It is `population`, `group/<preset>`, `router/<preset>`, `store/<preset>-joint`, `pplug/<base>` or `plora`.
+    It is `population`, `group/<preset>`, `router/<preset>`, `store/<preset>-joint`, `start/<preset>`,
+    `pplug/<base>` or `plora`.
     """
     own_name, lane = split_lane(name)
     context = replace(context, lane=lane)
@@ -37,6 +39,8 @@ def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
         return PplugStage(context, with_population=preset == "population")
     if kind == "plora":
         return PloraStage(context, ranks)
+    if kind == "start":
+        return StartStage(context, preset)
     if kind == "store":
         return JointStage(context, preset.removesuffix("-joint"), ranks)
     return GroupStage(context, preset, ranks) if kind == "group" else RouterStage(context, preset, ranks)

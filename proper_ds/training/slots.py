@@ -19,6 +19,7 @@ from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.dropout import token_keys
 from proper_ds.model.lora import LoraLayout, SlotBuffers
 from proper_ds.model.routing import Rows
+from proper_ds.model.user_start import UserStart
 from proper_ds.training.config import UserConfig
 from proper_ds.training.lower import LowerStates
 from proper_ds.training.optim import SlotAdamW
@@ -132,12 +133,21 @@ class SlotPool:
         num_real, num_padded: tokens run in the last tick, without and with padding.
     """
 
-    def __init__(self, model: PersonalModel, layout: LoraLayout, settings: UserConfig, seed: int, num: int) -> None:
-        self.model, self.layout, self.settings, self.seed = model, layout, settings, seed
+    def __init__(
+        self,
+        model: PersonalModel,
+        layout: LoraLayout,
+        settings: UserConfig,
+        seed: int,
+        num: int,
+        start: UserStart | None = None,
+    ) -> None:
+        self.model, self.layout, self.settings, self.seed, self.start = model, layout, settings, seed, start
         dtype = torch.float64 if model.lm.dtype == torch.float64 else torch.float32
         self.buffers = SlotBuffers(layout, num, dtype, model.device, trainable=True)
         assert self.buffers.grads_SP is not None
-        self.optimizer = SlotAdamW(self.buffers.weights_SP, self.buffers.grads_SP, settings)
+        factor_P = start.factor_P.to(model.device, dtype) if start is not None else None
+        self.optimizer = SlotAdamW(self.buffers.weights_SP, self.buffers.grads_SP, settings, factor_P)
         self.sitting: dict[int, Sitter] = {}
         self.num_real = self.num_padded = 0
         self.unread: list[tuple[dict[int, Sitter], Tensor]] = []
@@ -151,7 +161,10 @@ class SlotPool:
         if task.initial_row_P is not None:  # a shorter history is no reason to cut off what was learned
             sitter.r = max(sitter.r, self.layout.used_rank(task.initial_row_P))
         weights_SP = self.buffers.weights_SP
-        row_P = self.layout.first_row(sitter.seed, sitter.r, task.initial_row_P)
+        if self.start is None:
+            row_P = self.layout.first_row(sitter.seed, sitter.r, task.initial_row_P)
+        else:
+            row_P = self.start.row_P
         weights_SP[number] = row_P.to(weights_SP.device, weights_SP.dtype)
         self.buffers.scaling_S[number] = self.layout.lora_alpha / sitter.r
         self.optimizer.reset(number)
@@ -190,6 +203,8 @@ class SlotPool:
         if self._lower is not None:
             self._lower.drop(number)
         row_P = self.buffers.weights_SP[number].detach().cpu()
+        if self.start is not None:
+            row_P = self.start.shrunk(row_P, len(sitter.task.examples))
         return sitter, self.layout.narrowed(row_P, sitter.r)
 
     def _accumulate(self, rows: list[Row], weight_S: Tensor, loss_S: Tensor) -> None:

@@ -6,6 +6,7 @@ Each knows how to work through one unit and commit it; `fleet/worker.py` wraps t
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import check_masks, find_targets
 from proper_ds.model.groups import GroupLevel
 from proper_ds.model.lora import LoraLayout
+from proper_ds.model.user_start import START, UserStart
 from proper_ds.model.user_vectors import pooled
 from proper_ds.observe.log import get_logger
 from proper_ds.run_folder import split_lane
@@ -64,14 +66,28 @@ def history_of(context: RunContext, user: int, newest: int | None = None) -> lis
     return examples[-newest:] if newest is not None else examples
 
 
-def user_vector(level: GroupLevel, features: FeatureData | None, user: int, num_items: int) -> Tensor:
-    """The user vector [U] from all of a user's history, or from the user table; the generic one where there is none."""
+def user_vector(
+    level: GroupLevel,
+    features: FeatureData | None,
+    user: int,
+    num_items: int,
+    positions: Sequence[int] | None = None,
+) -> Tensor:
+    """The user vector [U] from a user's history, or from the user table; the generic one where there is none.
+
+    Args:
+        num_items: of the whole history.
+        positions: the items to be used; by default all of them. A user table knows no items.
+    """
     device = level.device
     if level.user_table is not None:
         line = table_line(user, num_items, level.sizes.num_users)
         return level.user_table.weight[line].detach().to(device)
     assert level.encoder is not None and features is not None, "encoder presets have features"
-    sum_F, count = features.user(user)
+    if positions is None:
+        sum_F, count = features.user(user)
+    else:
+        sum_F, count = features.items(user)[list(positions)].sum(0), len(positions)
     features_RF, known_R = pooled(sum_F, count).unsqueeze(0), torch.tensor([count > 0])
     with torch.no_grad():
         vector_RU = level.encoder(features_RF.to(device), known_R.to(device))
@@ -154,6 +170,7 @@ class UsersJob:
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._levels: dict[str, GroupLevel] = {}
         self._features: dict[str, FeatureData] = {}
+        self._learned: dict[str, UserStart] = {}
         self._locations, self._sets = stores, dict[str, _Set]()
 
     def _set_of(self, name: str) -> _Set:
@@ -180,10 +197,22 @@ class UsersJob:
         vector_U = user_vector(level, features, user, len(examples)) if level is not None else None
         return UserTask(context.keys[user], examples, vector_U, start_P)
 
+    def _learned_start(self, context: RunContext, name: str) -> UserStart | None:
+        if not starts_learned(self._config, name):
+            return None
+        if name not in self._learned:
+            preset = split_lane(name)[0].removeprefix("store/")
+            self._learned[name] = UserStart.load(context.stage(f"start/{preset}").path / START)
+        return self._learned[name]
+
     def _starts(self, name: str, keys: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """In an update: (adapters [P] to start from, by user; why those of others cannot be read)."""
+        """In an update: (adapters [P] to start from, by user; why those of others cannot be read).
+
+        With a learned start everybody goes from there: it knows how far a whole history leads, not some items more.
+        """
         store = self._sets[name].before
-        held = [key for key in keys if store.has(key)] if self._sets[name].plan.version > 1 else []
+        is_update = self._sets[name].plan.version > 1 and not starts_learned(self._config, name)
+        held = [key for key in keys if store.has(key)] if is_update else []
         if not held:
             return {}, {}
         if store.layout != self._layout:
@@ -221,7 +250,9 @@ class UsersJob:
         users = [user for user in users if context.keys[user] not in damaged]
         tasks = [self._task(context, user, level, starts.get(context.keys[user])) for user in users]
         counters = Counters()
-        results = train_users(self._model, self._layout, tasks, config.user, config.seed, counters)
+        start = self._learned_start(context, unit.part)
+        settings = config.user if start is None else config.start.for_users(config.user)
+        results = train_users(self._model, self._layout, tasks, settings, config.seed, counters, start)
         digests = dict(zip((task.key for task in tasks), _digests(context, users), strict=True))
         # without digests: the next update tries these users again
         results += [UserResult(key, None, reason) for key, reason in damaged.items()]
@@ -264,6 +295,11 @@ class UsersJob:
             digests=digests,
         )
         return kept, num_bytes
+
+
+def starts_learned(config: RunConfig, store: str) -> bool:
+    """Whether the adapters of this set start from a learned one; only those of preset `proper` can."""
+    return config.user.start == "learned" and split_lane(store)[0] == "store/proper"
 
 
 def _digests(context: RunContext, users: list[int]) -> list[str]:

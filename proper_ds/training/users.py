@@ -16,6 +16,7 @@ from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.lora import LoraLayout
 from proper_ds.model.norms import fused_norms
 from proper_ds.model.routing import Rows
+from proper_ds.model.user_start import UserStart
 from proper_ds.training.config import UserConfig
 from proper_ds.training.slots import SlotPool, UserTask, num_user_steps
 
@@ -95,6 +96,7 @@ def train_users(
     settings: UserConfig,
     seed: int,
     counters: Counters | None = None,
+    start: UserStart | None = None,
 ) -> list[UserResult]:
     """Train one adapter for each task; results come in the order of `tasks`.
 
@@ -107,6 +109,7 @@ def train_users(
         settings: the run's `user` section.
         seed: the run's seed.
         counters: counted up, where given.
+        start: a learned start for everybody, in place of a fresh adapter each.
     """
     results: dict[str, UserResult] = {}
     queue: list[UserTask] = []
@@ -117,7 +120,7 @@ def train_users(
             results[task.key] = UserResult(task.key, None, "no history")
     queue.sort(key=lambda task: (num_user_steps(len(task.examples), settings), task.key))
     num_slots = _num_slots(settings, model, layout.num_parameters)
-    pool = SlotPool(model, layout, settings, seed, max(1, min(num_slots, len(queue))))
+    pool = SlotPool(model, layout, settings, seed, max(1, min(num_slots, len(queue))), start)
     try:
         with fused_norms(model.lm):
             _work_through(pool, queue, results, counters)

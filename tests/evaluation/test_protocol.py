@@ -57,11 +57,11 @@ def test_users_of_a_split(prepared):
 
 def test_cautions_name_what_makes_it_another_experiment(prepared):
     about = {"split": "dev", "name": "mixed", "share_of_users_also_in_training": 0.5, "closed_labels": "score"}
-    found = " ".join(cautions(about, prepared.manifest, max_users=10))
+    found = " ".join(cautions(about, prepared.manifest, DataConfig(max_users_per_split=10)))
     for word in ("split dev", "50% of the users", "first 10 users", "not LaMP's own data", "by likelihood", "ROUGE"):
         assert word in found
     about |= {"split": "test", "name": "user-based", "closed_labels": "generate"}
-    found = " ".join(cautions(about, prepared.manifest, max_users=None))
+    found = " ".join(cautions(about, prepared.manifest, DataConfig()))
     for word in ("split dev", "of the users", "first", "by likelihood"):
         assert word not in found
 

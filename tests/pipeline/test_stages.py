@@ -121,10 +121,38 @@ def test_changed_data_changes_everything(prints):
     assert [name for name in ALL if before[name] != after[name]] == ALL
 
 
+LEARNED = "user.start=learned"
+
+
+def test_a_learned_start_is_a_stage_before_the_one_set_that_starts_from_it(prints):
+    fresh, learned = prints(), prints(LEARNED)
+    place = ALL.index("store/OPPU")
+    assert list(learned) == [*ALL[:place], "start/proper", *ALL[place:]]
+    behind = ["store/proper", "router/proper", "predictions/proper", "report"]
+    assert [name for name in ALL if fresh[name] != learned[name]] == behind
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("start.learning_rate=1e-4", ["start/proper", "store/proper"]),
+        ("start.user_learning_rate=1e-4", ["start/proper", "store/proper"]),
+        ("user.per_device_train_batch_size=3", ["start/proper", "store/OPPU", "store/proper"]),
+        ("user.learning_rate=0.5", ["store/OPPU"]),
+        ("user.max_history_items=2", ["store/OPPU", "store/proper"]),
+        ("group.learning_rate=0.5", ["group/proper", "start/proper", "store/proper"]),
+    ],
+)
+def test_what_a_learned_start_depends_on(prints, override, first):
+    before, after = prints(LEARNED), prints(LEARNED, override)
+    watched = ["group/proper", "start/proper", "store/OPPU", "store/proper"]
+    assert [name for name in watched if before[name] != after[name]] == first
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_names_all_that_it_reads(method):
     about = METHODS[method]
-    needs = needs_of_methods([about])
+    needs = needs_of_methods([about], learned_start=False)
     if about.kind == "floor":
         assert needs.floors == (method,) and not needs.lanes
         return

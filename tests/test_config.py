@@ -107,6 +107,8 @@ def test_options_without_effect_are_mistakes(load):
     assert "no effect on prepared data" in problems(load, raw=raw)["data.task"]
     found = problems(load, "evaluation.closed_labels=generate", "evaluation.ordinal=median")
     assert "no effect on generated answers" in found["evaluation.ordinal"]
+    found = problems(load, "evaluation.methods=[base, OPPU]", "evaluation.references=[OPPU, proper]")
+    assert "'proper' is not in evaluation.methods" in found["evaluation.references"]
     assert "no effect without method proper-joint" in problems(load, "joint.max_users=5")["joint.max_users"]
     with_joint = "evaluation.methods=[proper,proper-joint]"
     assert load(GOOD, "joint.max_users=5", with_joint).joint.max_users == 5

@@ -14,7 +14,7 @@ from proper_ds.data.recipe import recipe_problems
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.errors import Problem
-from proper_ds.evaluation.method_checks import check_soft, check_start
+from proper_ds.evaluation.method_checks import check_rivals, check_start
 from proper_ds.evaluation.methods import METHODS, all_methods, changed_recipe, methods_of, needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import is_changed
@@ -38,7 +38,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_batches(config),
         *_recipes(config),
         *_methods(config),
-        *check_soft(config),
+        *check_rivals(config),
         *check_start(config),
         *_update(config),
         *_ranks(config.distributed),

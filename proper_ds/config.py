@@ -243,10 +243,16 @@ def _with_absolute_files(recipe: MethodRecipe) -> MethodRecipe:
     prompt = dict(recipe.prompt)
     if isinstance(prompt.get("profile_file"), str):
         prompt["profile_file"] = absolute(prompt["profile_file"])
-    model = prompt.get("profile_model")
-    if isinstance(model, str) and (Path(absolute(model)).exists() or model.startswith((".", "/", "~"))):
-        prompt["profile_model"] = absolute(model)
+    if isinstance(prompt.get("profile_model"), str):
+        prompt["profile_model"] = _folder_or_name(prompt["profile_model"])
     return recipe.model_copy(update={"prompt": prompt})
+
+
+def _folder_or_name(model: str | None) -> str | None:
+    """A model's folder as an absolute path; a Hugging Face name as it is."""
+    if model and (Path(absolute(model)).exists() or model.startswith((".", "/", "~"))):
+        return absolute(model)
+    return model
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -256,9 +262,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             "prepared": absolute(config.data.prepared) if config.data.prepared else None,
         }
     )
-    base = config.base
-    if base.model and (Path(absolute(base.model)).exists() or base.model.startswith((".", "/", "~"))):
-        base = base.model_copy(update={"model": absolute(base.model)})
+    base = config.base.model_copy(update={"model": _folder_or_name(config.base.model)})
+    pplug = config.pplug.model_copy(update={"encoder": _folder_or_name(config.pplug.encoder)})
     deepspeed = absolute(config.distributed.deepspeed)
     uploaded = Path(config.distributed.deepspeed).expanduser().resolve()
     if not Path(deepspeed).exists() and uploaded.exists():  # in a job, ds_configs/ comes with the upload
@@ -274,6 +279,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             "recipes": {name: _with_absolute_files(recipe) for name, recipe in config.recipes.items()},
             "data": data,
             "base": base,
+            "pplug": pplug,
             "distributed": distributed,
         }
     )

@@ -4,9 +4,10 @@
     prepared/ base/ tokens/ population/ features/ group/<preset>/ store/<set>/ router/<preset>/
     predictions/<method>/   answers; `lamp/` holds them in LaMP's format
     <stage>@<lane>/         a stage of a lane: under prompts other than the plain ones
-    report.json report.md report.html
+    report.json report.md report.html predictions.sha256
     superseded/             results of other settings, moved aside, never deleted
     roster.parquet          users by index, so that a nightly update keeps their places (pipeline/roster.py)
+    test_reads.jsonl        for which configurations test users were read (evaluation/test_reads.py)
     stores.jsonl            adapter stores outside the run's folder (store/elsewhere.py)
     forgotten.json forgotten/ exports.jsonl     who is kept out, receipts, adapters written elsewhere (erasure/)
 

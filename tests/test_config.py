@@ -107,6 +107,8 @@ def test_options_without_effect_are_mistakes(load):
     assert "no effect on prepared data" in problems(load, raw=raw)["data.task"]
     found = problems(load, "evaluation.closed_labels=generate", "evaluation.ordinal=median")
     assert "no effect on generated answers" in found["evaluation.ordinal"]
+    found = problems(load, "evaluation.methods=[base, OPPU]", "evaluation.references=[OPPU, proper]")
+    assert "'proper' is not in evaluation.methods" in found["evaluation.references"]
     assert "no effect without method proper-joint" in problems(load, "joint.max_users=5")["joint.max_users"]
     with_joint = "evaluation.methods=[proper,proper-joint]"
     assert load(GOOD, "joint.max_users=5", with_joint).joint.max_users == 5
@@ -311,3 +313,9 @@ def test_what_released_groups_do_not_know_is_refused(load, override):
 def test_a_written_configuration_with_every_key_loads_again(load, overrides):
     whole = load(GOOD, *overrides).model_dump(mode="json")
     assert load(whole) == load(GOOD, *overrides)
+
+
+def test_a_folder_of_an_encoder_is_found_from_anywhere_and_a_name_is_left_alone(load):
+    methods = "evaluation.methods=[PPlug]"
+    assert load(GOOD, methods, "pplug.encoder=./bge").pplug.encoder == str(REPO / "bge")
+    assert load(GOOD, methods, "pplug.encoder=org/bge").pplug.encoder == "org/bge"

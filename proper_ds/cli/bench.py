@@ -132,3 +132,16 @@ def group(
         bench_memory(preset, json_file)
     else:
         bench_group(preset, experts or [5, 64], max(experts or [4096]), repeats, ranks or [1, 2], json_file)
+
+
+@app.command()
+def report(
+    methods: Annotated[int, typer.Option(min=3, help="Made-up methods.")] = 25,
+    questions: Annotated[int, typer.Option(min=100, help="Questions that each answered.")] = 10_000,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each variant runs, in turn.")] = 1,
+    json_file: Json = None,
+) -> None:
+    """Seconds to all scores, intervals and differences of many methods."""
+    from proper_ds.bench.report import bench_report
+
+    bench_report(methods, questions, repeats, json_file)

@@ -35,6 +35,7 @@ def prepare(
     tune_share: Annotated[float, typer.Option(help="Share of the training users that become split `tune`.")] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace prepared data that is there.")] = False,
     max_users_per_split: Annotated[int | None, typer.Option(help="Only the first so many users.")] = None,
+    max_history_items: Annotated[int | None, typer.Option(help="Only each user's newest so many.")] = None,
 ) -> None:
     """Check people's data and write one row a user into Parquet shards, the manifest last.
 
@@ -56,6 +57,7 @@ def prepare(
                 "near_duplicates": near_duplicates,
                 "tune_share": tune_share,
                 "max_users_per_split": max_users_per_split,
+                "max_history_items": max_history_items,
             }
         )
     except ValidationError as error:

@@ -44,4 +44,6 @@ class DataConfig(Section):
     router) can be made on them, so that dev users are looked at once. Their questions are not trained on."""
     max_users_per_split: int | None = Field(default=None, ge=1)
     """Use only the first so many users of each split: for trying things out."""
+    max_history_items: int | None = Field(default=None, ge=1)
+    """Keep each user's newest so many history items of a task only, for whatever method: for trying things out."""
     num_users_per_shard: int = Field(default=10_000, ge=1)

@@ -45,8 +45,9 @@ class Converter:
         for profile in staged.profiles:
             self._add_profile(staged.key, profile, kept)
         items = [(item, frozenset(splits)) for item, splits in kept.values()]
-        user = User(staged.key, _oldest_first([item for item, _ in items]))
-        guard = LeakGuard(items)
+        history = _oldest_first([item for item, _ in items])
+        user = User(staged.key, _newest(history, self._config.max_history_items))
+        guard = LeakGuard(items)  # of all of them, so that the same questions are kept
         for question in staged.questions:
             source = self._tasks[question.source]
             try:
@@ -140,6 +141,18 @@ def _is_before(time: str, history: list[HistoryItem]) -> bool:
         return any(float(item.time) > float(time) for item in history)
     except ValueError:
         return any(item.time > time for item in history)
+
+
+def _newest(items: list[HistoryItem], count: int | None) -> list[HistoryItem]:
+    """The last so many items of each task."""
+    if count is None:
+        return items
+    left, kept = Counter({item.task: count for item in items}), list[HistoryItem]()
+    for item in reversed(items):
+        if left[item.task]:
+            left[item.task] -= 1
+            kept.append(item)
+    return kept[::-1]
 
 
 def _oldest_first(items: list[HistoryItem]) -> list[HistoryItem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from proper_ds.data.assembly import TEST_WORDS, TRAIN_WORDS, Asked, Assembler
+from proper_ds.data.assembly import TEST_WORDS, TRAIN_WORDS, Assembler, Pieces
 from proper_ds.data.background import Background
 from proper_ds.data.forms import FORMS
 from proper_ds.data.manifest import TaskManifest
@@ -97,8 +97,8 @@ class PromptMaker:
             seed = seed_of(self._seed, user.key, "history", position)
             shown = held.searchers[task.name].before(num_before, item.text, seed)
         profile = self._profile(held, task, num_before)
-        asked = Asked(text, task.history_prompts[item.prompt][0])
-        return self._made(asked, profile, shown, task, TRAIN_WORDS, num_reserved)
+        instruction = task.history_prompts[item.prompt][0]
+        return self._made(Pieces(text, instruction, FORMS[task.form], profile, shown, TRAIN_WORDS), num_reserved)
 
     def query(self, user: User, position: int, num_reserved: int) -> str:
         """The prompt of the question at `position`; it may know the whole history.
@@ -117,7 +117,7 @@ class PromptMaker:
             shown = held.searchers[task.name].among_all(own, seed_of(self._seed, user.key, "query", query.id))
         profile = self._profile(held, task, held.num_items.get(task.name, 0))
         instruction = query.input.removesuffix(own) if query.input.endswith(own) else ""
-        return self._made(Asked(query.input, instruction), profile, shown, task, TEST_WORDS, num_reserved)
+        return self._made(Pieces(query.input, instruction, FORMS[task.form], profile, shown, TEST_WORDS), num_reserved)
 
     def _of(self, user: User) -> _OneUser:
         if self._held is None or self._held.user is not user:
@@ -131,20 +131,11 @@ class PromptMaker:
                 return found
         return held.summaries[task.name].before(stop) if task.name in held.summaries else ""
 
-    def _made(
-        self,
-        asked: Asked,
-        profile: str,
-        shown: Sequence[HistoryItem],
-        task: TaskManifest,
-        max_words: int,
-        num_reserved: int,
-    ) -> str:
-        if not profile and not shown:
-            return asked.text
-        room = self._encoder.room(num_reserved)
-        found = self._assembler.put_before(asked, profile, shown, FORMS[task.form], max_words, room)
-        self.num_bare += found == asked.text
+    def _made(self, pieces: Pieces, num_reserved: int) -> str:
+        if not pieces.profile and not pieces.items:
+            return pieces.question
+        found = self._assembler.assembled(pieces, self._encoder.room(num_reserved))
+        self.num_bare += found == pieces.question
         return found
 
 

@@ -28,6 +28,7 @@ from proper_ds.training.anchors import merge_anchors
 from proper_ds.training.context import RunContext
 from proper_ds.training.embeddings import EmbeddingData
 from proper_ds.training.features import FeatureData
+from proper_ds.training.persona_inputs import PplugInputs, check_room
 from proper_ds.training.selection import num_history, table_line, training_users
 
 Tensor = torch.Tensor
@@ -67,12 +68,12 @@ class PplugAnswers:
         path = context.stage(pplug.stage_name(with_population)).path / pplug.WEIGHTS
         self._persona = Persona.load(path).to(context.device)
         embeddings = EmbeddingData(context.stage("embeddings").path)
-        self._inputs = pplug.PplugInputs(embeddings, self._persona, context.device)
+        self._inputs = PplugInputs(embeddings, self._persona, context.device)
         self._max_length = context.config.base.max_length
 
     def attach(self, model: PersonalModel) -> None:
         """See Addition."""
-        pplug.check_room(model.lm, self._max_length)
+        check_room(model.lm, self._max_length)
         model.attach_persona(True)
 
     def detach(self, model: PersonalModel) -> None:

@@ -43,10 +43,10 @@ def sklearn_parts() -> Any:
     return sklearn
 
 
-def vectorizer() -> Any:
-    """Words and pairs of words, weighted by how rare they are."""
+def vectorizer(longest_run: int) -> Any:
+    """Words and runs of up to so many words, weighted by how rare they are."""
     return sklearn_parts().feature_extraction.text.TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, max_features=MAX_FEATURES, token_pattern=r"\b\w+\b"
+        ngram_range=(1, longest_run), sublinear_tf=True, max_features=MAX_FEATURES, token_pattern=r"\b\w+\b"
     )
 
 

@@ -22,6 +22,7 @@ from proper_ds.files import seed_of
 
 CLASS_PENALTIES = (3.0, 30.0)
 RIDGE_PENALTIES = (1.0, 3.0, 10.0, 30.0)
+MAX_TUNING_CASES = 500
 OWN_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """How many items the population counts for beside the user's own."""
 
@@ -41,10 +42,18 @@ class _Tuned(Floor):
     """A floor whose bag of words has a penalty, and whose own side has a strength, both chosen by cross-fitting."""
 
     penalties: tuple[float, ...]
+    longest_run: int
+    """Of words that count together."""
+
+    def fit(self, samples: Sequence[Sample], penalties: Sequence[float]) -> list[tuple[Any, Any]]:
+        """A bag of words for each penalty: how texts become features, and the regression on these."""
+        words = vectorizer(self.longest_run)
+        features = words.fit_transform([sample.text for sample in samples])
+        return [(words, self.regression(features, [sample.answer for sample in samples], value)) for value in penalties]
 
     @abstractmethod
-    def fit(self, samples: Sequence[Sample], penalty: float) -> Any:
-        """A bag of words."""
+    def regression(self, features: Any, answers: list[str], penalty: float) -> Any:
+        """Fitted to the answers."""
 
     @abstractmethod
     def predict(self, model: Any, texts: Sequence[str]) -> np.ndarray:
@@ -74,9 +83,9 @@ class _Tuned(Floor):
         if not all(halves) or not all(asked):
             return self.penalties[0], 1.0
         errors: dict[tuple[float, float | None], float] = defaultdict(float)
-        for penalty in self.penalties:
-            for half in (0, 1):
-                model, cases = self.fit(halves[1 - half], penalty), asked[half]
+        for half in (0, 1):
+            cases = asked[half][:: 1 + len(asked[half]) // MAX_TUNING_CASES]
+            for penalty, model in zip(self.penalties, self.fit(halves[1 - half], self.penalties), strict=True):
                 predicted, evidence = self.predict(model, [case.text for case in cases]), self.evidence(model, cases)
                 for strength in (None, *OWN_STRENGTHS):
                     both = predicted if strength is None else self.combined(predicted, evidence, strength)
@@ -88,7 +97,7 @@ class _Tuned(Floor):
     @cached_property
     def model(self) -> Any:
         """The bag of words, fitted to all samples."""
-        return self.fit(self.samples, self.chosen[0])
+        return self.fit(self.samples, [self.chosen[0]])[0]
 
     def words(self, case: Case) -> str:
         """See Floor."""
@@ -103,7 +112,7 @@ class _Tuned(Floor):
 class ClassFloor(_Tuned):
     """Labels: logistic regression, times the user's smoothed label shares over everybody's."""
 
-    penalties = CLASS_PENALTIES
+    penalties, longest_run = CLASS_PENALTIES, 1  # pairs of words cost four times as much, and bring little
 
     def __init__(self, task: TaskManifest, samples: Sequence[Sample], cases: Sequence[Case]) -> None:
         super().__init__(task, samples, cases)
@@ -112,22 +121,18 @@ class ClassFloor(_Tuned):
         self._share_L = np.asarray([counts[label] + 1 for label in self._labels], dtype=np.float64)
         self._share_L /= self._share_L.sum()
 
-    def fit(self, samples: Sequence[Sample], penalty: float) -> Any:
-        """See _Tuned; `penalty` is scikit-learn's C."""
-        words = vectorizer()
-        features = words.fit_transform([sample.text for sample in samples])
-        answers = [sample.answer for sample in samples]
+    def regression(self, features: Any, answers: list[str], penalty: float) -> Any:
+        """Logistic, or where there is one label only, that label; `penalty` is scikit-learn's C."""
         if len(set(answers)) < 2:
-            return words, None, answers[0]
-        model = sklearn_parts().linear_model.LogisticRegression(C=penalty, max_iter=300, tol=1e-3)
-        return words, model.fit(features, answers), None
+            return answers[0]
+        return sklearn_parts().linear_model.LogisticRegression(C=penalty, max_iter=300, tol=1e-3).fit(features, answers)
 
     def predict(self, model: Any, texts: Sequence[str]) -> np.ndarray:
         """Log-probability [C, L] of each label; those that were never seen get the least."""
-        words, fitted, only = model
+        words, fitted = model
         found = np.full((len(texts), len(self._labels)), np.log(1e-6))
-        if fitted is None:
-            found[:, self._labels.index(only)] = 0.0
+        if isinstance(fitted, str):
+            found[:, self._labels.index(fitted)] = 0.0
             return found
         columns = [self._labels.index(label) for label in fitted.classes_]
         found[:, columns] = np.maximum(fitted.predict_log_proba(words.transform(texts)), np.log(1e-6))
@@ -164,14 +169,12 @@ class ClassFloor(_Tuned):
 class RatingFloor(_Tuned):
     """Ratings: ridge regression, plus what it usually misses of this user; answers are the nearest rating."""
 
-    penalties = RIDGE_PENALTIES
+    penalties, longest_run = RIDGE_PENALTIES, 2
 
-    def fit(self, samples: Sequence[Sample], penalty: float) -> Any:
-        """See _Tuned; `penalty` is scikit-learn's alpha."""
-        words = vectorizer()
-        features = words.fit_transform([sample.text for sample in samples])
-        ratings_S = np.asarray([float(sample.answer) for sample in samples])
-        return words, sklearn_parts().linear_model.Ridge(alpha=penalty).fit(features, ratings_S)
+    def regression(self, features: Any, answers: list[str], penalty: float) -> Any:
+        """Ridge; `penalty` is scikit-learn's alpha."""
+        ratings_S = np.asarray([float(answer) for answer in answers])
+        return sklearn_parts().linear_model.Ridge(alpha=penalty).fit(features, ratings_S)
 
     def predict(self, model: Any, texts: Sequence[str]) -> np.ndarray:
         """Expected ratings [C]."""

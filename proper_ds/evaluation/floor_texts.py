@@ -34,19 +34,16 @@ class ChoiceFloor(Floor):
 
     def words(self, case: Case) -> str:
         """By the candidates' words and their likeness to the paper in the question."""
-        return str(self._fitted(False).predict(self._features([case], False))[0])
+        return str(self._without_own.predict(self._features([case], False))[0])
 
     def words_and_own(self, case: Case) -> str:
         """By their likeness to the user's own titles as well."""
-        return str(self._fitted(True).predict(self._features([case], True))[0])
+        return str(self._with_own.predict(self._features([case], True))[0])
 
     @cached_property
     def _words(self) -> Any:
         texts = [sample.text for sample in self.samples]
-        return vectorizer().fit([*texts, *(title for case in self.cases for title in _titles(case.text))])
-
-    def _fitted(self, own: bool) -> Any:
-        return self._with_own if own else self._without_own
+        return vectorizer(2).fit([*texts, *(title for case in self.cases for title in _titles(case.text))])
 
     @cached_property
     def _without_own(self) -> Any:
@@ -57,8 +54,13 @@ class ChoiceFloor(Floor):
         return self._fit(True)
 
     def _fit(self, own: bool) -> Any:
+        """Each question is learned from as it is and with the candidates swapped: their order tells nothing."""
+        from scipy.sparse import vstack
+
+        features, answers = self._features(self.cases, own), [case.answer for case in self.cases]
+        swapped = ["[2]" if answer == "[1]" else "[1]" for answer in answers]
         model = sklearn_parts().linear_model.LogisticRegression(fit_intercept=False, max_iter=300)
-        return model.fit(self._features(self.cases, own), [case.answer for case in self.cases])
+        return model.fit(vstack([features, -features]), answers + swapped)
 
     def _features(self, cases: Sequence[Case], own: bool) -> Any:
         """[C, words + likenesses]: those of the first candidate minus those of the second."""

@@ -55,7 +55,7 @@ def predict_floors(
             for query in user.queries:
                 if query.split != split or query.task != task.name:
                     continue
-                case = Case(own, question_text(task, query.input), query.answer or "")
+                case = Case(own, question_text(task, query.input), answer="")
                 for method in methods:
                     rows.append(
                         {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 
-def check_soft(config: RunConfig) -> list[Problem]:
+def check_rivals(config: RunConfig) -> list[Problem]:
     """Everything wrong with sections `pplug`, `plora` and `merge` that no single value shows."""
     needs, pplug, problems = needs_of(config), config.pplug, []
     owners = [

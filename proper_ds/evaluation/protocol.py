@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from proper_ds.data.config import DataConfig
 from proper_ds.data.manifest import Manifest
+from proper_ds.data.oppu import HELD_OUT
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.tasks import TASKS
 from proper_ds.evaluation.config import EvaluationConfig
-from proper_ds.evaluation.published import TIME_BASED, USER_BASED
+from proper_ds.evaluation.published import OPPU_100, TIME_BASED, USER_BASED
 from proper_ds.model.base_files import num_parameters
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ TEST = "test"
 def protocol_of(context: RunContext) -> dict[str, Any]:
     """The `protocol` of report.json: split, kind of split, base, decoding, scoring, and `cautions` for comparisons."""
     evaluation, data = context.config.evaluation, context.config.data
-    trained, asked = _users_of(context.prepared, data.train_split), _users_of(context.prepared, evaluation.split)
+    trained, asked = users_of(context.prepared, data.train_split), users_of(context.prepared, evaluation.split)
     name, share = split_protocol(trained, asked)
+    if evaluation.split == TEST and is_oppu(context.prepared.manifest.sources):
+        name = OPPU_100
     found: dict[str, Any] = {
         "name": name,
         "share_of_users_also_in_training": share,
@@ -46,10 +50,10 @@ def protocol_of(context: RunContext) -> dict[str, Any]:
         "num_bootstrap_samples": evaluation.num_bootstrap_samples,
         "references": evaluation.compared_with,
     }
-    return found | {"cautions": cautions(found, context.prepared.manifest, data.max_users_per_split)}
+    return found | {"cautions": cautions(found, context.prepared.manifest, data)}
 
 
-def _users_of(prepared: PreparedData, split: str) -> np.ndarray:
+def users_of(prepared: PreparedData, split: str) -> np.ndarray:
     """Mask over users: those with a question in `split`."""
     parts = []
     for shard in prepared.manifest.shards:
@@ -79,6 +83,11 @@ def split_protocol(trained: np.ndarray, asked: np.ndarray) -> tuple[str, float]:
     return USER_BASED if share == 0 else TIME_BASED if share == 1 else "mixed", share
 
 
+def is_oppu(sources: list[dict[str, Any]]) -> bool:
+    """Whether all data are files of OPPU's, whose test users are the 100 most active."""
+    return all({file["name"] for file in source["files"]} & set(HELD_OUT) for source in sources)
+
+
 def decoding(evaluation: EvaluationConfig) -> str:
     """How answers are made, in words."""
     greedy = "greedy, at most " + (
@@ -90,21 +99,25 @@ def decoding(evaluation: EvaluationConfig) -> str:
     return f"closed label sets: the likeliest label (ratings: {rating}); free text: {greedy}"
 
 
-def cautions(protocol: dict[str, Any], manifest: Manifest, max_users: int | None) -> list[str]:
+def cautions(protocol: dict[str, Any], manifest: Manifest, data: DataConfig) -> list[str]:
     """Why the figures must not be put beside published ones as if they were of one experiment."""
     found = ["Published figures are of other bases, mostly 3 to 11 billion parameters, and other code."]
     if protocol["split"] != TEST:
         found.append(f"These are scores on split {protocol['split']}, published ones are on LaMP's hidden test golds.")
-    if protocol["name"] not in (USER_BASED, TIME_BASED):
+    if protocol["name"] not in (USER_BASED, TIME_BASED, OPPU_100):
         share = f"{protocol['share_of_users_also_in_training']:.0%}"
         found.append(
             f"The split is neither LaMP's user-based nor its time-based one: {share} of the users asked train."
         )
-    if max_users is not None:
-        found.append(f"Only the first {max_users} users of each split took part (data.max_users_per_split).")
-    own = [name for name in manifest.tasks if name not in TASKS]
+    if data.max_users_per_split is not None:
+        about = f"Only the first {data.max_users_per_split} users of each split took part"
+        found.append(f"{about} (data.max_users_per_split).")
+    if data.max_history_items is not None:
+        about = f"Of each history only the newest {data.max_history_items} items were used"
+        found.append(f"{about} (data.max_history_items).")
+    own = [name for name, task in manifest.tasks.items() if name not in TASKS or task.lamp_id == "generic"]
     if own:
-        found.append(f"{', '.join(own)}: data in LaMP's format, but not LaMP's own.")
+        found.append(f"{', '.join(own)}: not LaMP's own data.")
     if protocol["closed_labels"] == "score":
         found.append("Closed label sets are answered by likelihood, so that no answer is illegal; LaMP generates.")
     if any("rouge-1" in task.metrics for task in manifest.tasks.values()):

@@ -183,6 +183,21 @@ COST_LINE = (
 )
 
 
+def grouping_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): how well the experts found the true groups, where the data knows them."""
+    header = ["method", "users", "true groups", "experts", "ARI, strongest expert", "ARI, clusters of gates", "NMI"]
+    rows = [
+        [
+            method,
+            *(str(found[count]) for count in ("num_users", "num_groups", "num_experts")),
+            *(number(found[how]["adjusted_rand_index"]) for how in ("strongest", "k_means")),
+            number(found["k_means"]["normalized_mutual_information"]),
+        ]
+        for method, found in report["grouping"].items()
+    ]
+    return header, rows
+
+
 def published_table(report: dict[str, Any], task: str) -> tuple[list[str], list[list[str]]]:
     """(header, rows): figures that others published for this task; none for data that is not LaMP's own."""
     header = ["PUBLISHED, not ours", "metric", "value", "protocol", "base", "read in", "differs in"]
@@ -209,4 +224,9 @@ def protocol_lines(report: dict[str, Any]) -> list[str]:
         f"Computed from the files in {report['predictions']['file']} under configuration {report['config_digest']};"
         " `proper-ds report verify` computes all scores again.",
     ]
+    if report["test_reads"]:
+        lines.append(f"{report['test_reads']} configurations had read these test users by then, this one among them.")
+    if report["chosen_by"]:
+        chosen = report["chosen_by"]
+        lines.append(f"Settings chosen on split {chosen['split']} by {chosen['num_trials']} trials: {chosen['path']}.")
     return lines + [f"Not comparable: {line}" for line in about["cautions"]]

@@ -73,6 +73,7 @@ def _costs(report: dict[str, Any]) -> list[str]:
 
 def _gates(report: dict[str, Any]) -> list[str]:
     parts = _titled("## Experts", (GATE_HEADER, gate_rows(report["gates"])))
+    parts += _titled("Against the true groups:", rows_of.grouping_table(report))
     parts += [line for text in jump_lines(report) for line in (text, "")]
     return parts + [line for text in problem_lines(report) for line in (f"**Warning**, {text}", "")]
 

@@ -10,6 +10,8 @@ from proper_ds.section import Section
 
 Changes = dict[str, Any]
 """What differs from `run`: sections as in a run's YAML, or dotted keys (`group.num_experts: 3`)."""
+GENERATED_FOLDER = "data"
+"""Below the study's folder: what it generated, by task."""
 _SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._=,+-")
 OWN_KEYS = ("output_dir", "seed")
 """Keys of a run that a study or sweep gives each run itself."""
@@ -94,6 +96,8 @@ class StudyConfig(Common):
     @model_validator(mode="after")
     def _sound(self) -> StudyConfig:
         _check_names([*self.tasks, *self.variants], "tasks and variants")
+        if GENERATED_FOLDER in self.tasks:
+            raise ValueError(f"no task can be called {GENERATED_FOLDER!r}: what the study generates lies there")
         unknown = sorted(set(self.generate) - set(self.tasks))
         if unknown:
             raise ValueError(f"generate names {', '.join(unknown)}, which tasks does not have")
@@ -129,7 +133,8 @@ class Objective(Section):
     method: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
         min_length=1
     )
-    """With several, such as two routers, the best of them is part of the choice."""
+    """Trials evaluate these and nothing else. With several, such as two routers, the best of them is part of the
+    choice."""
     metric: str = "auto"
     """`auto`: the task's first."""
     task: str | None = None

@@ -13,12 +13,10 @@ from proper_ds.config import RunConfig, absolute, apply_chosen, validate
 from proper_ds.data.sources import find_sources
 from proper_ds.errors import ConfigError, Problem, ProperError
 from proper_ds.pipeline.plan import skeleton
-from proper_ds.study.config import OWN_KEYS, Changes, StudyConfig, is_name
+from proper_ds.study.config import GENERATED_FOLDER, OWN_KEYS, Changes, StudyConfig, is_name
 from proper_ds.study.merge import dotted_keys, merged, without_model
 
 MAIN = "main"
-GENERATED_FOLDER = "data"
-"""Below the study's folder: what it generated, by task."""
 GENERATED_TASKS = ("generated_tags", "generated_ratings")
 
 

@@ -27,7 +27,7 @@ def results_of(runs: Sequence[FinishedRun], folder: Path) -> dict[str, Any]:
 
     Keys: `baseline`, the variant that the main tables are of; `columns`, the tasks; `methods` [part][method][column],
     a cell; `differences` [part][reference][method][column]; `ablations` [method][column][variant]; `costs`
-    [method][column]; `runs`, with the files that all numbers come from; `test_reads`.
+    [method][column]; `runs`, with the files that all numbers come from; `grouping` and `test_reads` by run.
     """
     variants = list(dict.fromkeys(run.variant for run in runs))
     baseline = MAIN if MAIN in variants or not variants else variants[0]
@@ -42,7 +42,8 @@ def results_of(runs: Sequence[FinishedRun], folder: Path) -> dict[str, Any]:
         "ablations": _ablations(runs, columns, baseline) if len(variants) > 1 else {},
         "costs": _costs(main),
         "runs": [_about(run, folder) for run in runs],
-        "test_reads": {run.name: run.report.get("test_reads") for run in runs if run.report.get("test_reads")},
+        "grouping": {run.name: run.report["grouping"] for run in runs if run.report["grouping"]},
+        "test_reads": {run.name: run.report["test_reads"] for run in runs if run.report["test_reads"]},
     }
 
 
@@ -187,7 +188,7 @@ def _about(run: FinishedRun, folder: Path) -> dict[str, Any]:
         "predictions": run.report["predictions"],
         "protocol": {key: run.report["protocol"][key] for key in ("name", "split", "base", "base_parameters")},
         "cautions": run.report["protocol"]["cautions"],
-        "chosen_by": run.report.get("chosen_by"),
+        "chosen_by": run.report["chosen_by"],
         "seconds": run.seconds,
     }
 

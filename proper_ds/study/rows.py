@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from proper_ds.evaluation import report_rows
 from proper_ds.evaluation.compare import BELOW, WITHIN
 from proper_ds.evaluation.report_rows import MARKS, UNKNOWN, gain_text, number, span
 from proper_ds.study.results import COSTS, PARTS, WHOLE, ranked
@@ -25,7 +26,8 @@ class Table:
 
     Attributes:
         note: what stands below it.
-        best: by column, the rows to be marked as best.
+        best: places (row, column) to be marked as best.
+        source: the files that its numbers come from, below the runs' folders.
     """
 
     title: str
@@ -33,6 +35,12 @@ class Table:
     rows: list[list[str]]
     note: str = ""
     best: frozenset[tuple[int, int]] = frozenset()
+    source: str = "report.json"
+
+    @property
+    def caption(self) -> str:
+        """What stands below the table: how to read it, and where it comes from."""
+        return f"{self.note} From {self.source} of the runs below.".strip()
 
 
 def tables_of(results: Results) -> list[Table]:
@@ -42,7 +50,7 @@ def tables_of(results: Results) -> list[Table]:
     references = list(results["differences"][WHOLE])
     found += [difference_table(results, part, than) for than in references for part in PARTS]
     found += [ablation_table(results, method) for method in results["ablations"] if _is_changed(results, method)]
-    found += [cost_table(results), run_table(results)]
+    found += [grouping_table(results), cost_table(results), run_table(results)]
     return [table for table in found if table.rows]
 
 
@@ -136,9 +144,9 @@ def ablation_table(results: Results, method: str) -> Table:
             rows.append([variant, *(_ablated(cell, variant == results["baseline"]) for cell in cells)])
     note = (
         f"Value, and in brackets the difference to {results['baseline']} with its interval: paired by question,"
-        " bootstrap over users; positive is better. Methods of which no variant changed an answer are left out."
+        " bootstrap over users; positive is better."
     )
-    return Table(f"Variants, method {method}", ["variant", *_titles(results)], rows, note)
+    return Table(f"Variants, method {method}", ["variant", *_titles(results)], rows, note, source="predictions/")
 
 
 def _is_changed(results: Results, method: str) -> bool:
@@ -155,6 +163,16 @@ def _ablated(cell: dict[str, Any] | None, is_baseline: bool) -> str:
         return number(cell["value"])
     difference = cell["difference"]
     return f"{number(cell['value'])} ({gain_text(difference) if difference else 'nothing to compare'})"
+
+
+def grouping_table(results: Results) -> Table:
+    """How well experts found the true groups, in runs whose data knows them."""
+    header, rows = ["run"], list[list[str]]()
+    for name, grouping in results["grouping"].items():
+        titles, lines = report_rows.grouping_table({"grouping": grouping})
+        header, rows = ["run", *titles], [*rows, *([name, *line] for line in lines)]
+    note = "ARI, adjusted Rand index: 1 for the true groups, 0 as by chance. NMI, normalised mutual information."
+    return Table("Experts against the true groups", header, rows, note)
 
 
 def cost_table(results: Results) -> Table:
@@ -200,14 +218,16 @@ def run_table(results: Results) -> Table:
 
 def notes_of(results: Results) -> list[str]:
     """What must be said before any table: where it comes from, what is missing, and what it cannot be compared with."""
-    lines = [f"Made by `{results['made_by']}` from the reports of {len(results['runs'])} runs, listed below."]
+    lines = [f"Made by `{results['made_by']}` from {len(results['runs'])} runs, listed at the end."]
     if results["missing"]:
         lines.append(f"PARTIAL: {', '.join(results['missing'])}: not finished.")
     if results["baseline"] != "main" or len(results["variants"]) > 1:
         lines.append(f"The tables of scores are of variant {results['baseline']}.")
-    about = sorted(
-        {f"split {p['split']}, {p['name']}, base {p['base']}" for p in (r["protocol"] for r in results["runs"])}
-    )
+    same = [method for method in results["ablations"] if not _is_changed(results, method)]
+    if same:
+        lines.append(f"No variant changed an answer of {', '.join(same)}.")
+    protocols = [run["protocol"] for run in results["runs"]]
+    about = sorted({f"split {one['split']}, {one['name']}, base {one['base']}" for one in protocols})
     lines += [f"Protocol: {line}." for line in about]
     generated = [name for name, column in results["columns"].items() if column["generated"]]
     if generated:

@@ -25,9 +25,9 @@ from proper_ds.pipeline.run import Run
 from proper_ds.run_folder import RunFolder
 from proper_ds.study.adopt import adopt
 from proper_ds.study.cluster import SharedCluster
-from proper_ds.study.config import GeneratedData, StudyConfig
+from proper_ds.study.config import GENERATED_FOLDER, GeneratedData, StudyConfig
 from proper_ds.study.finished import STATE, FinishedRun
-from proper_ds.study.plan import GENERATED_FOLDER, PlannedRun
+from proper_ds.study.plan import PlannedRun
 from proper_ds.study.tables import write_results
 
 DoRun = Callable[[PlannedRun], None]

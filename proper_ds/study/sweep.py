@@ -51,7 +51,7 @@ class Process:
         write_text_atomic(path, yaml.safe_dump(share.model_dump(mode="json"), sort_keys=False))
         self.trial, self._start_s = trial, time.perf_counter()
         self._output = folder.parent / f"{trial.name}.log"
-        self._file: TextIO = self._output.open("a", encoding="utf-8")
+        self._file: TextIO = self._output.open("w", encoding="utf-8")
         command = [sys.executable, "-m", "proper_ds", "run", str(path)]
         self._process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.STDOUT, env=environment)
 
@@ -105,7 +105,7 @@ def sweep(config: SweepConfig, trials: Sequence[Trial], view: ProgressView) -> t
     """Run every trial that has no report yet and write down the best; a second call finds it done.
 
     Raises:
-        UserError: where trials together want more than the cluster has.
+        ConfigError: where trials together want more than the cluster has.
         StudyError: naming the trials that failed; the best of the others is written all the same.
     """
     folder = Path(config.output_dir)
@@ -130,7 +130,8 @@ def sweep(config: SweepConfig, trials: Sequence[Trial], view: ProgressView) -> t
 
             with view.running():
                 results += work_through(left, config, start, view, on_result)
-    return _settle(results, config, folder)
+        order = [trial.name for trial in trials]
+        return _settle(sorted(results, key=lambda result: order.index(result.trial.name)), config, folder)
 
 
 def _done_before(trial: Trial, config: SweepConfig) -> Result | None:

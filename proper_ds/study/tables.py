@@ -50,7 +50,7 @@ def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
             for n, row in enumerate(table.rows)
         ]
         parts += [f"## {table.title}", "", markdown_table(table.header, rows), ""]
-        parts += [table.note, ""] if table.note else []
+        parts += [table.caption, ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -59,7 +59,7 @@ def _html(results: dict[str, Any], tables: Sequence[Table], gains: Sequence[tupl
     parts = ["<h1>proper_ds study</h1>", f"<ul>{notes}</ul>"]
     for table in tables:
         parts += [f"<h2>{escape(table.title)}</h2>", html_table(table.header, table.rows, table.best)]
-        parts.append(f"<p class='small'>{escape(table.note)}</p>" if table.note else "")
+        parts.append(f"<p class='small'>{escape(table.caption)}</p>")
     for cost, label in (("bytes_per_user", "bytes a user"), ("train_seconds", "training seconds")):
         svg = quality_against(results, cost, label)
         parts += [f"<h2>Quality against {label}</h2>", f"<figure>{svg}</figure>"] if svg else []

@@ -5,6 +5,7 @@ Shapes: I history items, Q questions, N texts, E embedding size, R rows, T token
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,11 @@ class EmbeddingsJob:
 
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""
+        start_s = time.perf_counter()
         made, num_tokens = self._by_base(unit) if self._model is not None else self._by_encoder(unit)
         write_embeddings(self._context.stage("embeddings").path, unit.first, made)
-        return {"num_users": len(made), "num_tokens": num_tokens}
+        seconds = time.perf_counter() - start_s
+        return {"num_users": len(made), "num_tokens": num_tokens, "seconds": seconds}
 
     def _by_base(self, unit: UserRange) -> tuple[list[UserEmbeddings], int]:
         """From the tokenised examples: one pass embeds an item with and without its answer."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proper_ds.data.assembly import Asked, Assembler, first_words, share_out
+from proper_ds.data.assembly import Assembler, Pieces, first_words, share_out
 from proper_ds.data.forms import FORMS
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.records import HistoryItem
@@ -44,6 +44,12 @@ def item(text, answer):
     return HistoryItem("", "t", 0, text, answer)
 
 
+def put(encoder, assembly, question, items, form, room=500, profile="", instruction="", max_words=99):
+    """The assembled prompt."""
+    pieces = Pieces(question, instruction, FORMS[form], profile, items, max_words)
+    return Assembler(encoder, assembly).assembled(pieces, room)
+
+
 TWO = [item("one text", "A"), item("two text", "B")]
 LAMP = {
     "LaMP_2M": 'the tag for the movie: "one text" is "A" , and the tag for the movie: "two text" is "B" . Q',
@@ -70,14 +76,12 @@ OPPU = {
 
 @pytest.mark.parametrize("form", LAMP)
 def test_lamp_has_these_sentences(encoder, form):
-    found = Assembler(encoder, "lamp").put_before(Asked("Q", ""), "", TWO, FORMS[form], 99, 500)
-    assert found == LAMP[form]
+    assert put(encoder, "lamp", "Q", TWO, form) == LAMP[form]
 
 
 @pytest.mark.parametrize("form", OPPU)
 def test_oppu_has_these_lines(encoder, form):
-    found = Assembler(encoder, "oppu").put_before(Asked("Q", ""), "", TWO, FORMS[form], 99, 500)
-    assert found == OPPU[form]
+    assert put(encoder, "oppu", "Q", TWO, form) == OPPU[form]
 
 
 def test_lamp_1_names_the_titles_in_the_question(encoder):
@@ -86,12 +90,11 @@ def test_lamp_1_names_the_titles_in_the_question(encoder):
         'For an author who has written the paper with the title, and "one text", and "two text" "X", which?'
         ' [1]: "a title" [2]: "b"'
     )
-    assembler = Assembler(encoder, "lamp")
-    assert assembler.put_before(Asked(question, ""), "", TWO, FORMS["LaMP_1"], 99, 500) == wanted
-    untitled = assembler.put_before(Asked("which?", ""), "", TWO, FORMS["LaMP_1"], 99, 500)
+    assert put(encoder, "lamp", question, TWO, "LaMP_1") == wanted
+    untitled = put(encoder, "lamp", "which?", TWO, "LaMP_1")
     assert untitled == '"one text", and "two text". which?'
     long = [item("word " * 200, "A")] * 2
-    found = assembler.put_before(Asked(question, ""), "", long, FORMS["LaMP_1"], 99, 80)
+    found = put(encoder, "lamp", question, long, "LaMP_1", 80)
     assert found.endswith('"X", which? [1]: "a title" [2]: "b"'), "the candidates stand at the question's end"
     assert encoder.count(found) <= 80
 
@@ -103,9 +106,8 @@ def test_every_task_has_a_form():
 
 def test_a_profile_comes_first(encoder):
     for assembly, wanted in (("lamp", f"P\n{LAMP['LaMP_3']}"), ("oppu", f"P\n{OPPU['LaMP_3']}")):
-        assembler = Assembler(encoder, assembly)
-        assert assembler.put_before(Asked("Q", ""), "P", TWO, FORMS["LaMP_3"], 99, 500) == wanted
-        assert assembler.put_before(Asked("Q", ""), "P", (), FORMS["LaMP_3"], 99, 500) == "P\nQ"
+        assert put(encoder, assembly, "Q", TWO, "LaMP_3", profile="P") == wanted
+        assert put(encoder, assembly, "Q", (), "LaMP_3", profile="P") == "P\nQ"
 
 
 def test_shares_are_equal_and_what_is_left_goes_to_the_next():
@@ -143,44 +145,41 @@ def test_what_is_put_before_never_costs_the_question_more_than_the_rule_says(
 ):
     encoder = PromptEncoder(Words(), "\nA:", 10_000)
     fixed = "".join(f" f{n}" for n in range(num_fixed))
-    asked = Asked(fixed + "".join(f" q{n}" for n in range(num_own)), fixed)
+    question = fixed + "".join(f" q{n}" for n in range(num_own))
     items = [item(" ".join(f"h{n}" for n in range(length)), "5") for length in lengths]
     profile = " ".join(f"p{n}" for n in range(20)) if with_profile else ""
-    found = Assembler(encoder, assembly).put_before(asked, profile, items, FORMS["LaMP_3"], 99, room)
-    assert found.endswith(asked.text), "text is put before it, and nothing else happens to it"
-    if found == asked.text:
+    found = put(encoder, assembly, question, items, "LaMP_3", room, profile, fixed)
+    assert found.endswith(question), "text is put before it, and nothing else happens to it"
+    if found == question:
         return
-    kept = room - (encoder.count(found) - encoder.count(asked.text))
+    kept = room - (encoder.count(found) - encoder.count(question))
     assert kept >= num_fixed, "the instruction stays whole"
     if assembly == "oppu" or not items:
         assert kept >= num_fixed + min(num_own, int(0.6 * (room - num_fixed)))
 
 
 def test_lamp_gives_the_question_less_until_the_items_fit_and_gives_up_then(encoder):
-    question = Asked(" q" * 60, "")
+    question = " q" * 60
     long_titles = [item("text", " ".join(f"t{n}" for n in range(25)))] * 2
-    form, assembler = FORMS["LaMP_4"], Assembler(encoder, "lamp")
+    form = FORMS["LaMP_4"]
     needed = 2 * encoder.count(form.sentence(long_titles[0], "")) + encoder.count(", and ") + encoder.count(". ")
-    found = assembler.put_before(question, "", long_titles, form, 99, 100)
+    found = put(encoder, "lamp", question, long_titles, "LaMP_4", 100)
     assert needed > 40, "0.6 of the room for the question leaves too little"
     assert found.count("is the title for") == 2
-    assert assembler.put_before(question, "", long_titles, form, 99, needed - 1) == question.text
-    assert assembler.put_before(question, "P", long_titles, form, 99, needed - 1) == f"P\n{question.text}"
+    assert put(encoder, "lamp", question, long_titles, "LaMP_4", needed - 1) == question
+    assert put(encoder, "lamp", question, long_titles, "LaMP_4", needed - 1, "P") == f"P\n{question}"
 
 
 def test_oppu_shows_whole_lines_while_they_fit_and_cuts_the_best_alone(encoder):
-    assembler, form = Assembler(encoder, "oppu"), FORMS["LaMP_3"]
     items = [item("a b c", "1"), item("d " * 50, "2"), item("e f", "3")]
-    found = assembler.put_before(Asked("Q", ""), "", items, form, 99, 30)
+    found = put(encoder, "oppu", "Q", items, "LaMP_3", 30)
     assert found == "review: a b c score: 1\n\nQ", "the order of fit is kept: nothing worse takes the place"
-    alone = assembler.put_before(Asked("Q", ""), "", items[1:2], form, 99, 20)
+    alone = put(encoder, "oppu", "Q", items[1:2], "LaMP_3", 20)
     assert re.fullmatch(r"review: d( d)+ score: 2\n\nQ", alone)
     assert 18 <= encoder.count(alone) <= 20
 
 
 def test_oppu_cuts_fields_by_words(encoder):
-    found = Assembler(encoder, "oppu").put_before(
-        Asked("Q", ""), "", [item("one two three", "4")], FORMS["LaMP_3"], 2, 500
-    )
+    found = put(encoder, "oppu", "Q", [item("one two three", "4")], "LaMP_3", max_words=2)
     assert found == "review: one two score: 4\n\nQ"
     assert first_words(" as  it is ", 3) == " as  it is "

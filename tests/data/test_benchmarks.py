@@ -8,7 +8,9 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from proper_ds.cli import app
 from proper_ds.data.config import DataConfig
 from proper_ds.data.oppu import split_profiles
 from proper_ds.data.prepare import prepare
@@ -91,6 +93,8 @@ def test_oppus_protocol_holds_out_the_most_active(tmp_path):
     }
     assert (shortest, manifest.splits["test"]["num_users"]) == (3, 2)
     assert again.manifest == manifest and again.keys() == data.keys()
+    asked = ["data", "oppu-split", tmp_path / "prepared", "--top", 1, "--out", tmp_path / "third"]
+    assert "held out: 1 users with 5 or more" in CliRunner().invoke(app, list(map(str, asked))).output
     with pytest.raises(DataError, match="has 4 users with answered questions: too few to hold 4 out"):
         hold_out_most_active(data, tmp_path / "other", 4)
 

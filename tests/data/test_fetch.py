@@ -8,7 +8,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
+from proper_ds.cli import app
 from proper_ds.data.fetch import MAX_TRIES, RECORD, Fetcher, Missing
 from proper_ds.data.lamp_files import FILES, OFFICIAL, fetch_lamp, mirror, remote_paths
 from proper_ds.errors import DataError, FetchError
@@ -194,6 +196,15 @@ def test_lamps_own_paths(monkeypatch):
     assert (mirror(None), mirror("http://given/")) == ("https://mirror/", "http://given/")
     with pytest.raises(DataError, match="no address"):
         Fetcher("mirror", None)
+
+
+def test_the_command_uses_the_mirror_of_the_environment(server, tmp_path, monkeypatch):
+    server.files |= {f"/time/LaMP_3/{name.partition('_')[0]}/{name}.json": BODY for name in FILES}
+    monkeypatch.setenv("PROPER_DS_LAMP_MIRROR", server.url)
+    asked = ["data", "fetch", "lamp", "--task", "3", "--split", "time", "--out", str(tmp_path / "out")]
+    assert "5 files fetched" in CliRunner().invoke(app, asked).output
+    assert "0 files fetched" in CliRunner().invoke(app, asked).output
+    assert (tmp_path / "out" / "test_questions.json").read_bytes() == BODY
 
 
 def test_a_whole_task(server, tmp_path, caplog):

@@ -253,6 +253,17 @@ def test_max_users_per_split(lamp_folder, tmp_path):
     assert run(folder, tmp_path / "out", max_users_per_split=2).keys() == ["u0", "u1"]
 
 
+def test_max_history_items_keeps_the_newest(lamp_folder, tmp_path):
+    profile = [
+        {"id": f"p{n}", "text": f"news {n}", "title": "t", "category": "sports", "date": f"2020-01-0{n}"}
+        for n in (2, 1, 3)
+    ]
+    question = {"id": "1", "user_id": "u", "input": "category article: other", "profile": profile}
+    folder = lamp_folder([question], [{"id": "1", "output": "sports"}])
+    (user,) = run(folder, tmp_path / "out", max_history_items=2).users()
+    assert [item.text for item in user.history] == ["news 2", "news 3"]
+
+
 def test_memory_does_not_grow_with_the_number_of_users(tmp_path):
     def peak(num_users):
         path = tmp_path / str(num_users) / "train.jsonl"

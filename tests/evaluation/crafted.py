@@ -101,6 +101,9 @@ def write_run(root, rows, references=("OPPU",), task=RATINGS):
         "gates": {},
         "experts": {},
         "router_jumps": [],
+        "grouping": {},
+        "test_reads": 0,
+        "chosen_by": None,
     }
     (root / "report.json").write_text(json.dumps(report), encoding="utf-8")
     return report

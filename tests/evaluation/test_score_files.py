@@ -10,7 +10,9 @@ import zipfile
 import pytest
 from rouge_score import rouge_scorer
 from sklearn.metrics import f1_score
+from typer.testing import CliRunner
 
+from proper_ds.cli import app
 from proper_ds.data.tasks import CATEGORIES_2N
 from proper_ds.errors import DataError
 from proper_ds.evaluation.meteor import meteor
@@ -124,6 +126,17 @@ def test_what_does_not_match_is_named(tmp_path):
     write_json(given, [])
     with pytest.raises(DataError, match="not in LaMP's form"):
         score_files(given, golds)
+
+
+def test_the_command_prints_and_writes(tmp_path):
+    given, golds = files(tmp_path, "LaMP_3", RATINGS)
+    asked = ["evaluate", "--predictions", given, "--golds", golds, "--json", tmp_path / "scores.json"]
+    result = CliRunner().invoke(app, list(map(str, asked)))
+    assert result.exit_code == 0 and "LaMP_3" in result.output
+    written = json.loads((tmp_path / "scores.json").read_text())["tasks"]["LaMP_3"]
+    assert written["num_questions"] == 7 and f"{written['metrics']['mae']['value']:.4f}" in result.output
+    result = CliRunner().invoke(app, list(map(str, [*asked, "--task", "LaMP_5"])))
+    assert isinstance(result.exception, DataError) and "holds no answers of task LaMP_5" in str(result.exception)
 
 
 def test_meteor_by_hand():

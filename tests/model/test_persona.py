@@ -13,7 +13,7 @@ from proper_ds.evaluation.predict import generate, score_labels
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.persona import PERSONAL, Persona, PersonaInputs, PersonaSizes, embedding_norm, unit
 from proper_ds.model.routing import Rows
-from proper_ds.training.pplug import with_personal
+from proper_ds.training.persona_inputs import with_personal
 from tests.fakes import VOCAB, random_examples, tiny_llama
 
 NUM_ROWS, LABELS = 5, [[5, 2], [6, 7, 2], [6, 8, 9, 2], [10, 2]]

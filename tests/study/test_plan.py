@@ -69,6 +69,7 @@ def test_every_problem_is_told_before_anything_starts_and_once(tmp_path):
         ({"seeds": []}, "at least one of seeds"),
         ({"run": RUN | {"output_dir": "x"}}, "remove output_dir"),
         ({"tasks": {"../films": None}}, "folder names"),
+        ({"tasks": {"data": None}}, "what the study generates lies there"),
         ({"tasks": {"films": {"seed": 3}}}, "use `output_dir` and `seeds`"),
         ({"generate": {"novels": {"num_users": 9}}}, "novels, which tasks does not have"),
         ({"vary": {"group.num_experts": [2, 2]}}, "made twice"),

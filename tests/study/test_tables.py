@@ -13,7 +13,7 @@ from proper_ds.study.finished import FinishedRun
 from proper_ds.study.paired import paired_difference
 from proper_ds.study.plots import unbeaten
 from proper_ds.study.results import results_of
-from proper_ds.study.rows import NOT_RUN, tables_of
+from proper_ds.study.rows import NOT_RUN, notes_of, tables_of
 from proper_ds.study.tables import write_results
 from tests.evaluation.crafted import PROTOCOL, ratings, write_run
 
@@ -81,6 +81,8 @@ def test_every_row_of_every_table_is_as_wide_as_its_header(finish, tmp_path):
     results = results_of(runs, tmp_path) | {"made_by": "x", "missing": []}
     tables = tables_of(results)
     assert len(tables) > 10
+    assert not any(table.title.startswith("Variants") for table in tables)  # the same answers
+    assert any("No variant changed an answer of words, population" in line for line in notes_of(results))
     for table in tables:
         assert {len(row) for row in table.rows} == {len(table.header)}, table.title
 
@@ -118,6 +120,8 @@ def test_variants_are_paired_by_question_whatever_else_differs(finish, tmp_path)
     common = [r for r in rows if r["user"] < 20]
     errors = sum(abs(int(r["prediction"]) - int(r["gold"])) for r in common if r["user"] % 2)
     assert difference["gain"] == pytest.approx(errors / len(common))
+    text = "\n".join(table.title for table in tables_of(results | {"made_by": "x", "missing": []}))
+    assert "Variants, method OPPU" in text
 
 
 def test_runs_without_a_common_question_are_not_compared(finish):
@@ -160,6 +164,17 @@ def test_costs_are_summed_over_tasks_and_unknown_ones_are_not_guessed(finish, tm
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["proper"][:4] == ["2", "30", "3,000", "300"]
     assert rows["OPPU"][2] == "?"
+
+
+def test_how_well_groups_were_found_and_how_often_test_users_were_read_is_told(finish, tmp_path):
+    run = finish("films", "main", ratings({"OPPU": 0.5}, 5))
+    agreement = {"adjusted_rand_index": 0.875, "normalized_mutual_information": 0.75}
+    about = {"num_users": 5, "num_groups": 2, "num_experts": 4, "strongest": agreement, "k_means": agreement}
+    run.report.update(grouping={"proper": about}, test_reads=3)
+    write_results([run], tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| films/main | proper | 5 | 2 | 4 | 0.875 | 0.875 | 0.750 |" in text
+    assert "films/main: 3" in text
 
 
 POINTS = st.dictionaries(st.text(max_size=3), st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8)

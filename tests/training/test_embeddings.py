@@ -11,7 +11,7 @@ from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.persona import PERSONAL, Persona, PersonaSizes
 from proper_ds.training.embeddings import EmbeddingData, UserEmbeddings, write_embeddings
 from proper_ds.training.embeddings_job import base_embeddings
-from proper_ds.training.pplug import PplugInputs, with_personal
+from proper_ds.training.persona_inputs import PplugInputs, with_personal
 from tests.fakes import random_examples, tiny_llama
 
 SIZE = 5

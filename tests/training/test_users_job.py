@@ -31,7 +31,7 @@ def job(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     place = folder.stage("store/OPPU")
 
-    def train(model, layout, tasks, settings, seed, counters):
+    def train(model, layout, tasks, settings, seed, counters, start):
         during()
         made = [task.start_P + 1 if task.start_P is not None else rows(1)[0] for task in tasks]
         return [UserResult(t.key, row_P, "", [2.0, 1.0], 3) for t, row_P in zip(tasks, made, strict=True)]

@@ -22,8 +22,9 @@ from proper_ds.model.lora import LoraLayout
 from proper_ds.model.persona import Persona, PersonaInputs, PersonaSizes
 from proper_ds.model.plora import PersonalLoras
 from proper_ds.training.config import PloraConfig
+from proper_ds.training.persona_inputs import with_personal
 from proper_ds.training.plora import PloraModule
-from proper_ds.training.pplug import PplugModule, with_personal
+from proper_ds.training.pplug import PplugModule
 from proper_ds.training.rank_batch import RankBatch
 from proper_ds.training.rank_stage import load_trained
 from tests.distributed.gang import run_ranks

@@ -1,0 +1,92 @@
+"""What a report says of whose questions were asked, and of what it may not be compared with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from proper_ds.data.config import DataConfig
+from proper_ds.data.prepare import prepare
+from proper_ds.data.prepared import PreparedData
+from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.evaluation.methods import METHODS
+from proper_ds.evaluation.protocol import cautions, decoding, is_oppu, split_protocol, users_of
+from proper_ds.evaluation.state import bytes_per_user
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "wanted"),
+    [
+        ([1, 1, 0], [0, 0, 1], ("user-based", 0.0)),
+        ([1, 1, 1], [0, 1, 1], ("time-based", 1.0)),
+        ([1, 0, 0], [1, 1, 0], ("mixed", 0.5)),
+        ([0, 0, 0], [1, 1, 0], ("no training questions", 0.0)),
+    ],
+)
+def test_the_split_is_told_by_who_has_questions_in_training(trained, asked, wanted):
+    assert split_protocol(np.asarray(trained, dtype=bool), np.asarray(asked, dtype=bool)) == wanted
+
+
+def test_oppus_files_are_known_by_their_names():
+    theirs, other = ({"files": [{"name": name}, {"name": "x"}]} for name in ("user_top_100_history.json", "dev.jsonl"))
+    assert is_oppu([theirs, theirs])
+    assert not is_oppu([theirs, other])
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Users a and b are in training, b and c are asked; each has two history items of 10 bytes."""
+    history = [{"input": "12345678", "output": "ab"}, {"input": "87654321", "output": "cd"}]
+    for split, users in (("train", "ab"), ("dev", "bc")):
+        rows = [{"user": user, "history": history, "query": f"{split}?", "answer": "x"} for user in users]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    prepare(DataConfig(path=str(tmp_path)), tmp_path / "prepared")
+    return PreparedData(tmp_path / "prepared")
+
+
+def test_users_of_a_split(prepared):
+    keys = np.asarray(prepared.keys())
+    assert set(keys[users_of(prepared, "train")]) == {"a", "b"}
+    assert set(keys[users_of(prepared, "dev")]) == {"b", "c"}
+    assert not users_of(prepared, "test").any()
+
+
+def test_cautions_name_what_makes_it_another_experiment(prepared):
+    about = {"split": "dev", "name": "mixed", "share_of_users_also_in_training": 0.5, "closed_labels": "score"}
+    found = " ".join(cautions(about, prepared.manifest, DataConfig(max_users_per_split=10)))
+    for word in ("split dev", "50% of the users", "first 10 users", "not LaMP's own data", "by likelihood", "ROUGE"):
+        assert word in found
+    about |= {"split": "test", "name": "user-based", "closed_labels": "generate"}
+    found = " ".join(cautions(about, prepared.manifest, DataConfig()))
+    for word in ("split dev", "of the users", "first", "by likelihood"):
+        assert word not in found
+
+
+def test_decoding_in_words():
+    assert "median" in decoding(EvaluationConfig(ordinal="median"))
+    assert decoding(EvaluationConfig(closed_labels="generate", max_new_tokens=7)) == "greedy, at most 7 new tokens"
+
+
+@dataclass
+class Context:
+    """As much of a RunContext as methods without adapters ask for."""
+
+    prepared: PreparedData
+    lane: str = ""
+    hidden_size: int = 16
+    config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(plora=SimpleNamespace(user_vector_size=8)))
+
+
+def test_bytes_a_user_of_methods_without_adapters(prepared):
+    context = Context(prepared)
+    assert bytes_per_user(context, METHODS["base"]) == 0
+    assert bytes_per_user(context, METHODS["population"]) == 0
+    assert bytes_per_user(context, METHODS["words"]) == 0
+    assert bytes_per_user(context, METHODS["PLoRA"]) == 32
+    assert bytes_per_user(context, METHODS["merged"]) == 128
+    assert bytes_per_user(context, METHODS["RAG"]) > 0
+    assert bytes_per_user(context, METHODS["RAG"]) == bytes_per_user(context, METHODS["own-habit"])

@@ -77,23 +77,32 @@ class Run:
             if self.config.store.location is not None:
                 open_files(self.config.store.location)  # refuses places where two writers could both win
             self._say_what_is_kept()
+            on_ranks: list[Stage] = []  # of steps that follow each other: they share the start of a gang
             for step in STEPS:
-                wanted = self.stages.of(step)
-                missing = [stage for stage in wanted if not self._is_done(stage)]
-                if not missing:
-                    if wanted and step in chosen:
-                        get_logger().info("%s: done already", step)
-                    continue
-                if step not in chosen:
-                    later = [other for other in STEPS[STEPS.index(step) + 1 :] if other in chosen]
-                    if later:
-                        raise UserError(
-                            f"step {later[0]} needs {step}, which is not done, or was made from other inputs; add it"
-                            " to --steps"
-                        )
-                    continue
-                self._do(step, missing)
+                missing = self._missing(step, chosen)
+                if missing and missing[0].where == "ranks":
+                    on_ranks += missing
+                elif missing:
+                    self._do(on_ranks)
+                    self._do(missing)
+                    on_ranks = []
+            self._do(on_ranks)
         return self.is_done()
+
+    def _missing(self, step: str, chosen: set[str]) -> list[Stage]:
+        """The stages of a step that are to be done. Raises UserError where a later step needs others of it."""
+        wanted = self.stages.of(step)
+        missing = [stage for stage in wanted if not self._is_done(stage)]
+        if step in chosen:
+            if wanted and not missing:
+                get_logger().info("%s: done already", step)
+            return missing
+        later = [other for other in STEPS[STEPS.index(step) + 1 :] if other in chosen]
+        if missing and later:
+            raise UserError(
+                f"step {later[0]} needs {step}, which is not done, or was made from other inputs; add it to --steps"
+            )
+        return []
 
     def is_done(self) -> bool:
         """Whether every stage has a result of exactly this configuration, the report included."""
@@ -144,7 +153,11 @@ class Run:
                 )
         write_json_atomic(path, now)
 
-    def _do(self, step: str, missing: list[Stage]) -> None:
+    def _do(self, missing: list[Stage]) -> None:
+        """Do stages of one step, or of several that run on ranks; nothing where there are none."""
+        if not missing:
+            return
+        step = "+".join(dict.fromkeys(stage.step for stage in missing))
         if step not in ("prepare", "report") and not self._is_checked:
             check_inputs(self.config, self.context.prepared.manifest, self._evaluates)
             self._is_checked = True
@@ -158,7 +171,7 @@ class Run:
         get_logger().info("%s: begins", what)
         start_s = time.perf_counter()
         with self.view.running():
-            self._steps.do(step, missing)
+            self._steps.do(missing)
         seconds = time.perf_counter() - start_s
         if missing[0].where != "ranks":  # ranks commit each of their stages themselves
             for stage in missing:

@@ -68,8 +68,8 @@ class Steps:
         self._metrics = MetricsFile(self._folder.metrics)
         self.unit_seconds: dict[str, float] = {}
 
-    def do(self, step: str, stages: list[Stage]) -> None:
-        """Do a step for those of its stages that are missing."""
+    def do(self, stages: list[Stage]) -> None:
+        """Do stages of one step, or of several that run on ranks, in order."""
         self.unit_seconds = {}
         do: dict[str, Callable[[list[Stage]], None]] = {
             "prepare": self._prepare,
@@ -89,7 +89,7 @@ class Steps:
             "evaluate": self._evaluate,
             "report": self._report,
         }
-        do[step](stages)
+        do[stages[0].step](stages)
 
     def _prepare(self, stages: list[Stage]) -> None:
         known = known_before(self._folder, stages[0])
@@ -165,8 +165,9 @@ class Steps:
         def progress() -> str:
             return self._rank_progress(stages)
 
+        step = "+".join(dict.fromkeys(stage.step for stage in stages))
         with follow_metrics(self._folder.metrics, self._view):
-            run_gang(entry, self._config, options, stages[0].step, self._cluster(), progress)
+            run_gang(entry, self._config, options, step, self._cluster(), progress)
 
     def _rank_progress(self, stages: list[Stage]) -> str:
         """What ranks would go on from: the first stage that is not done, and its newest checkpoint."""

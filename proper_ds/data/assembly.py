@@ -1,7 +1,8 @@
 """Puts a profile text and retrieved items before a question, within what the base's length leaves.
 
 Two ways: LaMP's (equal shares of tokens, what one item leaves goes to the next, a smaller share for the question where
-the items do not fit, the bare question where they never do) and OPPU's (`profile`, items, question, in lines).
+the items do not fit) and OPPU's (`profile`, items, question, in lines). Where LaMP gives up, the least fitting item is
+left out and the others are tried again; the bare question remains where not even one fits.
 `prompt_maker.py` calls `assembled`; in numbers, `room` and `budget` are tokens.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from proper_ds.data.forms import Form
 from proper_ds.data.prompts import PromptEncoder
@@ -40,6 +42,13 @@ class Pieces:
     max_words: int = TEST_WORDS
 
 
+class Assembled(NamedTuple):
+    """A prompt's text, and how many of the items it shows."""
+
+    text: str
+    num_items: int = 0
+
+
 @dataclass(frozen=True)
 class Assembler:
     """Writes prompts for one tokenizer and length."""
@@ -47,19 +56,21 @@ class Assembler:
     encoder: PromptEncoder
     assembly: str
 
-    def assembled(self, pieces: Pieces, room: int) -> str:
-        """The prompt's text; the bare question where no room is left.
+    def assembled(self, pieces: Pieces, room: int) -> Assembled:
+        """The prompt with as many of the items as fit, the first of them; the bare question where no room is left.
 
         Args:
             room: tokens for the whole prompt.
         """
-        for budget in self._budgets(pieces, room):
-            found = self._fitted(pieces, budget)
-            if found is not None:
-                return found
-        if pieces.items and pieces.profile:
-            return self.assembled(replace(pieces, items=()), room)
-        return pieces.question
+        for num_items in range(len(pieces.items), -1, -1):
+            fewer = replace(pieces, items=pieces.items[:num_items])
+            if not fewer.items and not fewer.profile:
+                break
+            for budget in self._budgets(fewer, room):
+                found = self._fitted(fewer, budget)
+                if found is not None:
+                    return found
+        return Assembled(pieces.question)
 
     def _budgets(self, pieces: Pieces, room: int) -> Iterator[int]:
         """Tokens for what stands before: LaMP's `max_length - min(len(question), factor * max_length)`.
@@ -76,7 +87,7 @@ class Assembler:
                 tried.add(budget)
                 yield budget
 
-    def _fitted(self, pieces: Pieces, budget: int) -> str | None:
+    def _fitted(self, pieces: Pieces, budget: int) -> Assembled | None:
         """The prompt with no more than `budget` tokens added; None where that cannot be.
 
         Pieces are counted one by one. Where together they take more, they are fitted again into so much less.
@@ -86,13 +97,13 @@ class Assembler:
             found = self._written(pieces, left)
             if found is None:
                 return None
-            excess = self.encoder.count(found) - whole - budget
+            excess = self.encoder.count(found.text) - whole - budget
             if excess <= 0:
                 return found
             left -= excess
         return None
 
-    def _written(self, pieces: Pieces, budget: int) -> str | None:
+    def _written(self, pieces: Pieces, budget: int) -> Assembled | None:
         about = ""
         if pieces.profile:
             line_end = self.encoder.count("\n")
@@ -101,16 +112,16 @@ class Assembler:
                 return None
             budget -= self.encoder.count(about) + line_end
         if not pieces.items:
-            shown: str | None = pieces.question
+            shown: Assembled | None = Assembled(pieces.question)
         elif self.assembly == "oppu":
             shown = self._in_lines(pieces, budget)
         else:
             shown = self._in_sentences(pieces, budget)
         if shown is None:
             return None
-        return f"{about}\n{shown}" if about else shown
+        return shown._replace(text=f"{about}\n{shown.text}") if about else shown
 
-    def _in_sentences(self, pieces: Pieces, budget: int) -> str | None:
+    def _in_sentences(self, pieces: Pieces, budget: int) -> Assembled | None:
         """LaMP's assembly."""
         count, form, items = self.encoder.count, pieces.form, pieces.items
         budget -= count(form.closing) + (len(items) - 1) * count(_JOIN)
@@ -121,11 +132,12 @@ class Assembler:
         texts = [self.encoder.cut(form.cut_field(item), share) for item, share in zip(items, shares, strict=True)]
         joined = _JOIN.join(form.sentence(item, text) for item, text in zip(items, texts, strict=True))
         if not form.into_title:
-            return f"{joined}{form.closing}{pieces.question}"
+            return Assembled(f"{joined}{form.closing}{pieces.question}", len(items))
         head, title, tail = pieces.question.partition("title")
-        return f"{head}{title}{form.closing}{joined}{tail}" if title else f"{joined}. {pieces.question}"
+        whole = f"{head}{title}{form.closing}{joined}{tail}" if title else f"{joined}. {pieces.question}"
+        return Assembled(whole, len(items))
 
-    def _in_lines(self, pieces: Pieces, budget: int) -> str | None:
+    def _in_lines(self, pieces: Pieces, budget: int) -> Assembled | None:
         """OPPU's assembly: whole lines, best first, while they fit; the best alone is cut to fit."""
         count, form, line_end = self.encoder.count, pieces.form, self.encoder.count("\n")
         budget -= line_end
@@ -140,7 +152,7 @@ class Assembler:
                 line = form.line(item, self.encoder.cut(text, room))
             lines.append(f"{line}\n")
             budget -= count(line) + line_end
-        return f"{''.join(lines)}\n{pieces.question}" if lines else None
+        return Assembled(f"{''.join(lines)}\n{pieces.question}", len(lines)) if lines else None
 
 
 def share_out(needed: Sequence[int], lengths: Sequence[int], room: int) -> list[int] | None:

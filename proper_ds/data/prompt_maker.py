@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from proper_ds.data.assembly import TEST_WORDS, TRAIN_WORDS, Assembler, Pieces
 from proper_ds.data.background import Background
@@ -23,6 +24,10 @@ from proper_ds.data.retrieval import Searcher
 from proper_ds.data.tasks import TASKS, query_text
 from proper_ds.errors import DataError
 from proper_ds.files import seed_of
+
+Shortage = Literal["", "bare", "no_items", "fewer_items"]
+"""What a prompt lacks for want of room: nothing; all that its recipe puts there; the items, though not the profile;
+some of the items."""
 
 
 class _OneUser:
@@ -49,7 +54,7 @@ class PromptMaker:
     """Makes prompts by one recipe for one tokenizer; the same arguments make the same prompt, in any order of calls.
 
     Attributes:
-        num_bare: prompts so far that had no room for what the recipe puts before them.
+        shortage: what the prompt made last had no room for.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class PromptMaker:
         self._background, self._profiles, self._seed = background, profiles, seed
         self._assembler = Assembler(encoder, recipe.assembly)
         self._held: _OneUser | None = None  # users come one after another
-        self.num_bare = 0
+        self.shortage: Shortage = ""
 
     def history(self, user: User, position: int, num_reserved: int) -> str:
         """The prompt for training on the history item at `position`; it knows the items before that alone.
@@ -85,7 +90,7 @@ class PromptMaker:
         Args:
             num_reserved: tokens of the answer, for which room is left.
         """
-        item = user.history[position]
+        item, self.shortage = user.history[position], ""
         task = self._tasks[item.task]
         text = history_prompt(task, item)
         if self._recipe.is_plain:
@@ -106,7 +111,7 @@ class PromptMaker:
         Args:
             num_reserved: tokens of the answer, for which room is left.
         """
-        query = user.queries[position]
+        query, self.shortage = user.queries[position], ""
         task = self._tasks[query.task]
         if self._recipe.is_plain:
             return query.input
@@ -135,8 +140,11 @@ class PromptMaker:
         if not pieces.profile and not pieces.items:
             return pieces.question
         found = self._assembler.assembled(pieces, self._encoder.room(num_reserved))
-        self.num_bare += found == pieces.question
-        return found
+        if found.text == pieces.question:
+            self.shortage = "bare"
+        elif found.num_items < len(pieces.items):
+            self.shortage = "fewer_items" if found.num_items else "no_items"
+        return found.text
 
 
 def maker_for(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from proper_ds.data.mapped import MappedRows
 from proper_ds.data.prepared import PreparedData
-from proper_ds.data.prompt_maker import PromptMaker
+from proper_ds.data.prompt_maker import PromptMaker, Shortage
 from proper_ds.data.prompts import Encoded, PromptEncoder
 from proper_ds.data.recipe import PromptRecipe
 from proper_ds.data.records import User
@@ -32,6 +33,10 @@ EXAMPLES_PER_BLOCK = 5_000
 """What is read of a column at once; a file is a whole number of blocks."""
 Progress = Callable[[str, int, int | None], None]
 MARKER = "tokens.json"
+HISTORY_PROMPTS = "history items"
+PROMPT_COUNTS = ("num_prompts", "num_cut", "num_tokens_cut", "num_bare", "num_no_items", "num_fewer_items")
+"""What is counted of the prompts of history items and of each split's questions: all; cut ones and the tokens they
+lost; and those that lack what their recipe puts there, see `prompt_maker.Shortage`."""
 
 SCHEMA = pa.schema(
     [
@@ -134,16 +139,17 @@ def tokenize(
         name: max((len(ids) for ids in labels[name]), default=max_new_tokens or task.max_new_tokens)
         for name, task in manifest.tasks.items()
     }
-    writer, first, num_cut, num_tokens = _Writer(folder), [0], 0, 0
+    writer, first, num_tokens = _Writer(folder), [0], 0
+    prompts = {part: Counter[str]() for part in (HISTORY_PROMPTS, *splits)}
     for index, user in enumerate(prepared.users()):
         count = 0
-        for row, encoded in _examples(user, maker, encoder, room, train_split):
+        for row, encoded, shortage in _examples(user, maker, encoder, room, train_split):
+            _count(prompts[row["split"] or HISTORY_PROMPTS], encoded, shortage)
             row |= {"user": index, "task": names.index(row["task"])}
             row["split"] = splits.index(row["split"]) if row["split"] is not None else -1
             row |= {"num_prompt": encoded.num_prompt, "num_tokens": len(encoded.ids), "input_ids": encoded.ids}
             writer.add(row)
             count += 1
-            num_cut += encoded.num_cut > 0
             num_tokens += len(encoded.ids)
         first.append(first[-1] + count)
         if index % 200 == 0:
@@ -159,8 +165,7 @@ def tokenize(
         "labels": labels,
         "num_examples": first[-1],
         "num_tokens": num_tokens,
-        "num_cut": num_cut,
-        "num_bare": maker.num_bare,
+        "prompts": {part: {name: counted[name] for name in PROMPT_COUNTS} for part, counted in prompts.items()},
         "max_length": encoder.max_length,
     }
     write_json_atomic(folder / MARKER, marker)
@@ -168,22 +173,31 @@ def tokenize(
 
 def _examples(
     user: User, maker: PromptMaker, encoder: PromptEncoder, room: dict[str, int], train_split: str
-) -> Iterator[tuple[dict[str, Any], Encoded]]:
+) -> Iterator[tuple[dict[str, Any], Encoded, Shortage]]:
     def reserved(task: str, answer: str) -> int:
         return max(room[task], len(encoder.answer_ids(answer)))
 
     for position, item in enumerate(user.history):
         row = {"kind": HISTORY, "split": None, "task": item.task, "position": position, "has_answer": True}
         num = reserved(item.task, item.answer)
-        yield row, encoder.encode(maker.history(user, position, num), item.answer, num)
+        yield row, encoder.encode(maker.history(user, position, num), item.answer, num), maker.shortage
     for position, query in enumerate(user.queries):
         row = {"kind": QUERY, "split": query.split, "task": query.task, "position": position}
         if query.split == train_split and query.answer is not None:
             num = reserved(query.task, query.answer)
-            yield row | {"has_answer": True}, encoder.encode(maker.query(user, position, num), query.answer, num)
+            encoded = encoder.encode(maker.query(user, position, num), query.answer, num)
+            yield row | {"has_answer": True}, encoded, maker.shortage
         else:
             text = maker.query(user, position, room[query.task])
-            yield row | {"has_answer": False}, encoder.question(text, room[query.task])
+            yield row | {"has_answer": False}, encoder.question(text, room[query.task]), maker.shortage
+
+
+def _count(counted: Counter[str], encoded: Encoded, shortage: Shortage) -> None:
+    counted["num_prompts"] += 1
+    counted["num_cut"] += encoded.num_cut > 0
+    counted["num_tokens_cut"] += encoded.num_cut
+    if shortage:
+        counted[f"num_{shortage}"] += 1
 
 
 class TokenData:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from proper_ds.evaluation.answers import read_answers
+from proper_ds.evaluation.cautions import run_cautions, taught_by_asked
 from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
 from proper_ds.evaluation.grouping import grouping_of, read_truth
-from proper_ds.evaluation.methods import Method, methods_of, needs_of_methods, stages_of
+from proper_ds.evaluation.methods import Method, methods_of, needs_of, needs_of_methods, stages_of
 from proper_ds.evaluation.protocol import protocol_of
 from proper_ds.evaluation.published import published_for
 from proper_ds.evaluation.questions import PREDICTIONS, read_predictions
@@ -60,12 +62,14 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
 
     Every score is computed from the files that `predictions` names, under the configuration of `config_digest`;
     `verify.py` does it again. `methods` holds scores [method][task][metric]; `costs` what each method cost; `tasks`
-    the rest that is known of each task (see `evaluate_task`), with figures that others published for it.
+    the rest that is known of each task (see `evaluate_task`), with figures that others published for it; `prompts` what
+    was cut from prompts or found no room in them, by lane.
     """
     config, manifest = context.config, context.prepared.manifest
     names = list(config.evaluation.methods)
     scored = by_method(score_tasks(table, manifest.tasks, names, Scoring.of(config.evaluation)), names)
-    protocol = protocol_of(context)
+    protocol, prompts = protocol_of(context), _prompts(context)
+    protocol["cautions"] += run_cautions(config, prompts)
     for name, about in scored["tasks"].items():
         about["protocol"] = protocol["name"]
         about["published"] = published_for(name, about, protocol["name"], protocol["base"])
@@ -78,6 +82,8 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "predictions": write_sums(context.folder.root, names),
         "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
         **scored,
+        "prompts": prompts,
+        "taught_by_asked": [method.name for method in methods_of(config) if taught_by_asked(method, config)],
         "method_notes": {method.name: method.says for method in methods_of(config)},
         "costs": _costs(context),
         "users": _users(context, config),
@@ -90,6 +96,13 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "test_reads": num_reads(context.folder.root),
         "chosen_by": config.chosen_by.model_dump(mode="json") if config.chosen_by else None,
     }
+
+
+def _prompts(context: RunContext) -> dict[str, dict[str, dict[str, int]]]:
+    """What the tokens counted of their prompts, by lane; "" is the plain one."""
+    lanes = [lane.recipe.lane for lane in needs_of(context.config).lanes]
+    markers = {lane: replace(context, lane=lane).tokens.marker for lane in lanes}
+    return {lane: marker.get("prompts", {}) for lane, marker in markers.items()}  # tokens of earlier versions: unknown
 
 
 def _grouping(context: RunContext, table: pa.Table, methods: list[str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _task_part(report: dict[str, Any], task: str) -> str:
     rows = [[method, *cells] for method, cells in rows_of.results_rows(report, task)]
     parts = [f"<h2>{escape(rows_of.title_of(report, task))}</h2>"]
     parts.append(html_table(rows_of.results_header(report, task), rows, [(0, 0), (0, 1)]))
-    parts.append(_text(rows_of.floor_line(report, task), "small"))
+    parts.append(_text(rows_of.sign_line(report, task), "small"))
     for rival in rows_of.references_of(report, task)[:1]:
         others = [method for method in ranking if method != rival][:NUM_PLOTTED]
         caption = f"Gain over {rival} by history length, with paired bootstrap intervals; above zero is better."

@@ -10,7 +10,9 @@ from typing import Any
 
 from proper_ds.evaluation.compare import ABOVE, BELOW, WITHIN
 
+TAUGHT = "†"
 MARKS = {BELOW: "▼", WITHIN: "≈", ABOVE: ""}
+TAUGHT_LINE = "weights shared by all users learned from the histories of users who are asked, too."
 UNKNOWN = "?"
 Pair = dict[str, Any]
 
@@ -45,21 +47,24 @@ def ranking(report: dict[str, Any], task: str) -> list[str]:
 
 
 def mark(report: dict[str, Any], task: str, method: str) -> str:
-    """The sign of a method that is not, or not beyond the interval, better than the best floor."""
+    """The signs of a method that is not, or not beyond the interval, better than the best floor, and of one whose
+    shared weights learned from users who are asked."""
     floor = report["tasks"][task]["floor"]
     about = floor["methods"].get(method) if floor else None
-    return MARKS[about["standing"]] if about else ""
+    return (TAUGHT if method in report["taught_by_asked"] else "") + (MARKS[about["standing"]] if about else "")
 
 
-def floor_line(report: dict[str, Any], task: str) -> str:
-    """What the signs mean; "" where no method without a language model was run."""
-    floor = report["tasks"][task]["floor"]
-    if floor is None:
-        return ""
-    return (
-        f"{MARKS[BELOW]}: not better in {floor['metric']} than {floor['than']}, the best without a language model;"
-        f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference."
-    )
+def sign_line(report: dict[str, Any], task: str) -> str:
+    """What the signs mean; "" where there can be none."""
+    floor, parts = report["tasks"][task]["floor"], []
+    if floor is not None:
+        parts.append(
+            f"{MARKS[BELOW]}: not better in {floor['metric']} than {floor['than']}, the best without a language model;"
+            f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference."
+        )
+    if set(report["taught_by_asked"]) & set(ranking(report, task)):
+        parts.append(f"{TAUGHT}: {TAUGHT_LINE}")
+    return " ".join(parts)
 
 
 def title_of(report: dict[str, Any], task: str) -> str:

@@ -26,7 +26,7 @@ def _task_part(report: dict[str, Any], task: str) -> list[str]:
     results = [[method, *cells] for method, cells in rows_of.results_rows(report, task)]
     results[0] = [f"**{cell}**" if n < 2 else cell for n, cell in enumerate(results[0])]
     parts = _titled(f"## {rows_of.title_of(report, task)}", (rows_of.results_header(report, task), results))
-    if line := rows_of.floor_line(report, task):
+    if line := rows_of.sign_line(report, task):
         parts += [line, ""]
     parts += _titled(f"Paired differences over users, {metric}:", rows_of.difference_table(report, task))
     parts += _titled("The same over users' own values:", rows_of.user_mean_table(report, task))

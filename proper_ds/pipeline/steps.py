@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prompt_maker import maker_for
 from proper_ds.data.prompts import PromptEncoder
-from proper_ds.data.tokens import tokenize
+from proper_ds.data.tokens import PROMPT_COUNTS, tokenize
 from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.errors import UserError
 from proper_ds.evaluation.answers import has_answers, write_answers
@@ -46,6 +46,13 @@ if TYPE_CHECKING:
 TOKENS_PER_PROFILE = 2_000
 """What a user counts for in units whose users' profiles a model writes."""
 _COUNTED = ("num_examples", "num_tokens")
+_SHORT_OF_ROOM = {
+    "num_cut": "were cut to",
+    "num_bare": "show nothing of what their recipe puts there, for want of room in",
+    "num_no_items": "show a profile and none of the items found, for want of room in",
+    "num_fewer_items": "show fewer items than were found, for want of room in",
+}
+"""What the log warns of, by what the tokens count."""
 
 
 class Steps:
@@ -143,12 +150,12 @@ class Steps:
             )
             marker = context.tokens.marker
             get_logger().info("%s: %s examples, %s tokens", stage.name, *(f"{marker[n]:,}" for n in _COUNTED))
-            if marker["num_cut"]:
-                cut = "%s: %d of %d inputs were cut to base.max_length %d"
-                get_logger().warning(cut, stage.name, marker["num_cut"], marker["num_examples"], base.max_length)
-            if marker["num_bare"]:
-                bare = "%s: %d of %d prompts had no room for what the recipe puts before them; raise base.max_length"
-                get_logger().warning(bare, stage.name, marker["num_bare"], marker["num_examples"])
+            counted = {name: sum(part[name] for part in marker["prompts"].values()) for name in PROMPT_COUNTS}
+            for name, what in _SHORT_OF_ROOM.items():
+                if counted[name]:
+                    text = "%s: %d of %d prompts %s base.max_length %d"
+                    about = (stage.name, counted[name], counted["num_prompts"], what, base.max_length)
+                    get_logger().warning(text, *about)
 
     def _profiles(self, stages: list[Stage]) -> None:
         """Units by users, as there are no tokens yet: what a model reads of each is bounded."""

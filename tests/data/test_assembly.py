@@ -46,6 +46,11 @@ def item(text, answer):
 
 def put(encoder, assembly, question, items, form, room=500, profile="", instruction="", max_words=99):
     """The assembled prompt."""
+    return assembled(encoder, assembly, question, items, form, room, profile, instruction, max_words).text
+
+
+def assembled(encoder, assembly, question, items, form, room, profile="", instruction="", max_words=99):
+    """The assembled prompt, and how many items it shows."""
     pieces = Pieces(question, instruction, FORMS[form], profile, items, max_words)
     return Assembler(encoder, assembly).assembled(pieces, room)
 
@@ -166,8 +171,12 @@ def test_lamp_gives_the_question_less_until_the_items_fit_and_gives_up_then(enco
     found = put(encoder, "lamp", question, long_titles, "LaMP_4", 100)
     assert needed > 40, "0.6 of the room for the question leaves too little"
     assert found.count("is the title for") == 2
-    assert put(encoder, "lamp", question, long_titles, "LaMP_4", needed - 1) == question
-    assert put(encoder, "lamp", question, long_titles, "LaMP_4", needed - 1, "P") == f"P\n{question}"
+    one = assembled(encoder, "lamp", question, long_titles, "LaMP_4", needed - 1)
+    assert one.num_items == one.text.count("is the title for") == 1, "the better one stays"
+    assert assembled(encoder, "lamp", question, long_titles[:1], "LaMP_4", needed - 1) == one
+    too_short = needed // 2 - 3
+    assert assembled(encoder, "lamp", question, long_titles, "LaMP_4", too_short) == (question, 0)
+    assert assembled(encoder, "lamp", question, long_titles, "LaMP_4", too_short, "P") == (f"P\n{question}", 0)
 
 
 def test_oppu_shows_whole_lines_while_they_fit_and_cuts_the_best_alone(encoder):

@@ -151,7 +151,24 @@ def test_prompts_without_room_are_counted(tokenizer):
     maker = maker_of({"retriever": "bm25"}, "LaMP_4", tokenizer, max_length=150)
     assert maker.query(user, 0, 5) == user.queries[0].input
     assert maker.history(user, 0, 5) == history_prompt(manifest_of("LaMP_4"), user.history[0])
-    assert maker.num_bare == 1, "the first item has nothing before it, which is no lack of room"
+    assert maker.shortage == "", "the first item has nothing before it, which is no lack of room"
+    maker.query(user, 0, 5)
+    assert maker.shortage == "bare"
+    user.history[:] = [replace(item, answer="long title " * 2) for item in user.history]
+    maker = maker_of({"retriever": "bm25"}, "LaMP_4", tokenizer, max_length=150)
+    found = maker.query(user, 0, 5)
+    assert 0 < found.count("is the title for") < 4
+    assert maker.shortage == "fewer_items"
+
+
+def test_items_without_room_beside_a_profile_are_counted(tokenizer):
+    user, _ = user_of("LaMP_4", 1, 6)
+    user.history[:] = [replace(item, answer="long title " * 40) for item in user.history]
+    maker = maker_of({"retriever": "bm25", "profile": "built-in"}, "LaMP_4", tokenizer, [user], max_length=200)
+    found = maker.query(user, 0, 5)
+    assert found.startswith("About this person: ")
+    assert "is the title for" not in found
+    assert maker.shortage == "no_items"
 
 
 @pytest.fixture
@@ -197,7 +214,35 @@ def test_the_lanes_tokens_hold_the_background_of_training_users_alone(prepared, 
     background = Background.read(tmp_path / "tokens")
     assert background.of("LaMP_3").num_items_with == {"film": 1 + 2 + 3}, "six items of u1 to u3, none of u4"
     assert background.of("LaMP_3").total == 6
-    assert TokenData(tmp_path / "tokens").marker["num_bare"] == 0
+    prompts = TokenData(tmp_path / "tokens").marker["prompts"]
+    assert {part: counted["num_prompts"] for part, counted in prompts.items()} == {
+        "history items": 10,
+        "train": 3,
+        "dev": 2,
+    }
+    for counted in prompts.values():
+        assert counted["num_bare"] == counted["num_no_items"] == counted["num_cut"] == 0
+
+
+def test_what_a_short_base_leaves_out_of_questions_is_counted_by_split(prepared, tokenizer, tmp_path):
+    encoder, recipe = encoder_of(tokenizer, 24), PromptRecipe(retriever="bm25")
+    maker = maker_for(recipe, prepared, encoder, tmp_path / "tokens", tmp_path, "train", 1)
+    tokenize(prepared, encoder, tmp_path / "tokens", "train", None, maker=maker)
+    plain = PromptMaker(PromptRecipe(), prepared.manifest.tasks, encoder)
+    wanted = {"train": [0, 0, 0], "dev": [0, 0, 0]}
+    users = list(prepared.users())
+    for user in users:
+        for n, query in enumerate(user.queries):
+            room = max(len(encoder.answer_ids(label)) for label in prepared.manifest.tasks["LaMP_3"].labels)
+            made = maker.query(user, n, room)
+            cut = encoder.question(made, room).num_cut
+            bare = bool(user.history) and made == plain.query(user, n, room)
+            wanted[query.split] = [a + b for a, b in zip(wanted[query.split], (cut > 0, cut, bare), strict=True)]
+    prompts = TokenData(tmp_path / "tokens").marker["prompts"]
+    found = {s: [prompts[s][name] for name in ("num_cut", "num_tokens_cut", "num_bare")] for s in wanted}
+    assert found == wanted
+    assert any(sum(numbers) for numbers in wanted.values()), "the base is short enough to show it"
+
     with pytest.raises(DataError, match="no built-in profiles"):
         Background.read(tmp_path)
 

@@ -92,6 +92,8 @@ def write_run(root, rows, references=("OPPU",), task=RATINGS):
         "config_digest": "0123",
         "protocol": PROTOCOL | {"references": list(references)},
         "predictions": write_sums(root, names),
+        "prompts": {},
+        "taught_by_asked": [],
         "method_notes": dict.fromkeys(names, "a <b>method</b>"),
         "costs": costs_of(behind, works, {name: 100.0 * n for n, name in enumerate(names)}, []),
         "users": {"num_users": 40, "num_cold_users": 1, "sets": {}},

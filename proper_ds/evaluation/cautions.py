@@ -1,0 +1,88 @@
+"""What a run's own settings and its prompts make of a comparison between its methods, in sentences for people.
+
+`report.py` adds them to the protocol's cautions, and marks the methods that `taught_by_asked` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from proper_ds.evaluation.methods import Method, methods_of, needs_of
+from proper_ds.model.presets import preset_of
+
+if TYPE_CHECKING:
+    from proper_ds.config import RunConfig
+
+MUCH = 0.05
+"""The share of a lane's questions from which on a shortage of room is worth a caution."""
+PromptCounts = Mapping[str, Mapping[str, int]]
+"""Of one lane, by split and for history items: see `data.tokens.PROMPT_COUNTS`."""
+
+
+def run_cautions(config: RunConfig, prompts: Mapping[str, PromptCounts]) -> list[str]:
+    """Everything that sets methods of this run apart besides what they are.
+
+    Args:
+        prompts: what the tokens of each lane counted.
+    """
+    found = [line for lane, counts in prompts.items() for line in _room(config, lane, counts)]
+    newest = config.user.max_history_items
+    if newest is not None and needs_of(config).adapter_sets:
+        found.append(
+            f"Users' LoRAs learn from the newest {newest} items only (user.max_history_items); all other methods read"
+            " the whole history."
+        )
+    taught = [method.name for method in methods_of(config) if taught_by_asked(method, config)]
+    if taught:
+        found.append(
+            f"{', '.join(taught)}: weights shared by all users learned from the histories (never from the questions) of"
+            " users who are asked, too; the other methods' from training users alone."
+        )
+    written = [method.name for method in methods_of(config) if method.recipe.profile in ("file", "model")]
+    if written:
+        found.append(
+            f"{', '.join(written)}: profiles are written from whole histories, so that the prompt of a history item may"
+            " tell its own answer in training, as no question's does."
+        )
+    return found
+
+
+def taught_by_asked(method: Method, config: RunConfig) -> bool:
+    """Whether weights that all users share learn from the histories of users who are asked but have no training
+    question; each user's own LoRA, vector or prompt does not count."""
+    if method.kind == "PLoRA":
+        return "history" in config.plora.train_on
+    if method.preset is None:
+        return False
+    by_table = preset_of(method.preset, config.group.user_vector).user_vector == "table"
+    if "history" in config.group.train_on and (by_table or config.group.users == "all"):
+        return True
+    last = config.router if method.router else config.joint if method.joint_set else None
+    return last is not None and last.users == "all" and "history" in last.train_on
+
+
+def _room(config: RunConfig, lane: str, counts: PromptCounts) -> list[str]:
+    """What base.max_length kept out of one lane's questions."""
+    asked = counts.get(config.evaluation.split, {})
+    num = asked.get("num_prompts", 0)
+    if not num:
+        return []
+    methods = [m.name for m in methods_of(config) if m.lane == lane and m.kind != "floor"]
+    whose = ", ".join(methods) if lane else f"the plain prompt ({', '.join(methods)})"
+    found = []
+    if asked["num_cut"] > MUCH * num:
+        mean = asked["num_tokens_cut"] / num
+        found.append(
+            f"{whose}: {asked['num_cut'] / num:.0%} of the questions were cut to base.max_length"
+            f" {config.base.max_length}, by {mean:.1f} tokens in the mean over all."
+        )
+    shown = {
+        "num_bare": "nothing but the question",
+        "num_no_items": "the profile and none of the items found",
+        "num_fewer_items": "fewer items than were found",
+    }
+    lacking = [f"{asked[key] / num:.0%} show {what}" for key, what in shown.items() if asked[key] > MUCH * num]
+    if lacking:
+        found.append(f"{whose}: for want of room in base.max_length {config.base.max_length}, {', '.join(lacking)}.")
+    return found

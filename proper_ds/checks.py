@@ -351,7 +351,7 @@ def _ranks(distributed: DistributedConfig) -> list[Problem]:
 
 def _deepspeed(config: RunConfig) -> list[Problem]:
     key = "distributed.deepspeed"
-    if not needs_of(config).population:
+    if not _trained_stages(config):
         return []
     try:
         raw = read_ds_file(config.distributed.deepspeed)

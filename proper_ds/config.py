@@ -71,6 +71,11 @@ class RunConfig(Section):
         """The run's folder as a path."""
         return Path(self.output_dir)
 
+    @property
+    def learned_sets(self) -> list[str]:
+        """The sets of users' adapters that start from a learned one."""
+        return list(self.start.adapter_sets) if self.user.start == "learned" else []
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML without pickles, and without keys given twice."""

@@ -127,7 +127,15 @@ def test_sections_of_methods_that_are_not_asked_for_have_no_effect(load):
 def test_a_learned_start_refuses_what_cannot_go_with_it(load):
     assert "start.learning_rate" in problems(load, "start.learning_rate=0.1")
     learned = "user.start=learned"
-    assert "preset proper" in problems(load, learned, "evaluation.methods=[base,OPPU]")["user.start"]
+    with_oppu = "evaluation.methods=[base,OPPU]"
+    assert "adapters of proper" in problems(load, learned, with_oppu)["user.start"]
+    assert load(GOOD, learned, with_oppu, "start.adapter_sets=[OPPU]").learned_sets == ["OPPU"]
+    both = "start.adapter_sets=[proper,OPPU]"
+    assert "adapters of proper" in problems(load, learned, with_oppu, both)["start.adapter_sets"]
+    assert "each once" in problems(load, learned, "start.adapter_sets=[]")["start.adapter_sets"]
+    assert "no effect" in problems(load, both)["start.adapter_sets"]
+    idle = problems(load, learned, both, "user.min_steps=9")
+    assert "start.user_min_steps" not in idle.get("user.min_steps", ""), "proper-released trains by user.min_steps"
     both = problems(load, learned, "user.rank_by_history={1: 4}", "user.early_stopping_patience=1", "user.min_steps=9")
     assert set(both) == {"user.rank_by_history", "user.early_stopping_patience"}, "OPPU trains by user.min_steps"
     only = problems(load, learned, "evaluation.methods=[proper]", "user.min_steps=9")
@@ -137,6 +145,12 @@ def test_a_learned_start_refuses_what_cannot_go_with_it(load):
     config = load(GOOD, learned, "start.user_min_steps=7")
     assert config.start.for_users(config.user).min_steps == 7
     assert config.start.for_users(config.user).lora == config.user.lora
+
+
+def test_the_deepspeed_file_is_looked_at_for_every_stage_on_ranks(load):
+    missing = "distributed.deepspeed=none.json"
+    assert "No such file" in problems(load, missing, "evaluation.methods=[base,PPlug]")["distributed.deepspeed"]
+    assert load(GOOD, missing, "evaluation.methods=[base,base+RAG]"), "nothing is trained on ranks"
 
 
 def test_stages_that_no_method_needs_contradict_nothing(load, tmp_path):

@@ -18,7 +18,7 @@ from proper_ds.data.manifest import Manifest
 from proper_ds.erasure import rows
 from proper_ds.erasure.exports import erase_exports, erase_records
 from proper_ds.erasure.people import Traces, check_known, places_of, stores_of, traces_of
-from proper_ds.erasure.remains import RETRAIN, learned_from, still_in_sources
+from proper_ds.erasure.remains import how_to_remove, learned_from, still_in_sources
 from proper_ds.erasure.rows import Taken
 from proper_ds.erasure.scan import Scan, scan
 from proper_ds.errors import UserError
@@ -61,7 +61,7 @@ class Receipt:
     num_users: int
     removed: dict[str, dict[str, int]] = field(default_factory=dict)
     remains: dict[str, Any] = field(default_factory=dict)
-    how_to_remove: str = RETRAIN
+    how_to_remove: str = ""
     sources: list[str] = field(default_factory=list)
     not_reached: list[str] = field(default_factory=list)
     not_reached_folders: list[str] = field(default_factory=list)
@@ -120,6 +120,7 @@ class _Work:
         self.save()
         if not self.receipt.remains:
             self.receipt.remains = learned_from(context, self.indices)
+        self.receipt.how_to_remove = how_to_remove(self.run)
         self.save()
 
     def save(self) -> None:

@@ -23,7 +23,7 @@ from proper_ds.store.store import AdapterStore
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData
 from proper_ds.training.selection import num_history
-from proper_ds.training.unit_jobs import user_vector
+from proper_ds.training.unit_jobs import load_start, user_vector
 
 Tensor = torch.Tensor
 
@@ -31,7 +31,8 @@ Tensor = torch.Tensor
 class AdapterAnswers:
     """Nothing, groups, users' adapters, or both.
 
-    A user without an adapter (no history, or failed) gets a slot of zeros: the groups or the population answer.
+    A user without an adapter (no history, or failed) gets a slot of zeros: the groups or the population answer; or the
+    learned start, where the set's users began there.
     """
 
     def __init__(self, method: Method, context: RunContext) -> None:
@@ -45,8 +46,13 @@ class AdapterAnswers:
                 self._features = FeatureData(context.stage("features").path)
         self._store = _adapters_of(method, context)
         self._slots: SlotBuffers | None = None
-        if self._store is not None and self._store.users():
-            self._slots = SlotBuffers(self._store.layout, MAX_ROWS, torch.float32, context.device, trainable=False)
+        self._without_P: Tensor | float = 0.0
+        layout = self._store.layout if self._store is not None and self._store.users() else None
+        if method.adapter_set in context.config.learned_sets:
+            start = load_start(context, str(method.adapter_set))
+            layout, self._without_P = start.layout, start.row_P.to(context.device)
+        if layout is not None:
+            self._slots = SlotBuffers(layout, MAX_ROWS, torch.float32, context.device, trainable=False)
         self.num_experts = self._level.num_experts if self._level is not None else 0
 
     def attach(self, model: PersonalModel) -> None:
@@ -72,7 +78,7 @@ class AdapterAnswers:
             return rows, [False] * len(users)
         keys, device = self._context.keys, self._context.device
         held = [user for user in sorted(set(users)) if self._store.has(keys[user])]
-        self._slots.weights_SP.zero_()
+        self._slots.weights_SP[:] = self._without_P
         if held:
             self._slots.weights_SP[: len(held)] = self._store.get_many([keys[user] for user in held]).to(device)
         place = {user: n for n, user in enumerate(held)}

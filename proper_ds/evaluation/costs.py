@@ -57,16 +57,16 @@ def _total(values: Sequence[Any]) -> Any:
 
 
 def answering_seconds(events: Sequence[Event]) -> dict[str, float]:
-    """Seconds a question by method, of those that actors answered; reading and loading are left out."""
+    """Seconds a question by method, of those that actors answered; reading, loading and merging are left out."""
     units: dict[tuple[str, str], Event] = {}
     for event in events:
         part = event.get("part") or ""
-        if part.startswith("predictions/") and "seconds" in event and event.get("num_questions"):
+        if part.startswith("predictions/") and "answering_seconds" in event and event.get("num_questions"):
             units[part.removeprefix("predictions/"), event["unit"]] = event
     found = {}
     for method in dict.fromkeys(method for method, _ in units):
         own = [event for (name, _), event in units.items() if name == method]
-        found[method] = sum(event["seconds"] for event in own) / sum(event["num_questions"] for event in own)
+        found[method] = sum(event["answering_seconds"] for event in own) / sum(event["num_questions"] for event in own)
     return found
 
 

@@ -50,9 +50,13 @@ def check_start(config: RunConfig) -> list[Problem]:
         mend = "Remove it, or set `user.start: learned`."
         changed = [name for name in sorted(type(config.start).model_fields) if is_changed(config.start, name)]
         return [Problem(f"start.{name}", "has no effect without a learned start", mend) for name in changed]
+    sets = config.start.adapter_sets
     if not needs.starts:
-        mend = "Remove it, or evaluate a method with user adapters of preset proper."
-        problems.append(Problem(key, "has no effect: only adapters of preset proper can start from it", mend))
+        mend = "Remove it, or evaluate a method with such adapters (start.adapter_sets)."
+        problems.append(Problem(key, f"has no effect: no method has adapters of {', '.join(sets)}", mend))
+    elif idle := [name for name in sets if name not in needs.starts]:
+        mend = "Leave it out, or evaluate a method that has them."
+        problems.append(Problem("start.adapter_sets", f"no method has adapters of {', '.join(idle)}", mend))
     for name in ("rank_by_history", "early_stopping_patience"):
         if getattr(user, name) is not None:
             wrong = "cannot work with a learned start, which is of one rank and knows how far the training goes"

@@ -6,7 +6,7 @@ name in `evaluation.methods`, and changes or adds some under `recipes`. docs/met
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -168,7 +168,7 @@ class LaneNeeds:
         routers: LoRA-aware routers, by preset.
         joints: LoRA-aware routers that are trained together with users' adapters, by preset.
         pplugs: stages of learned user tokens.
-        starts: learned starts of users' LoRAs, by preset.
+        starts: learned starts of users' LoRAs, by adapter set.
     """
 
     recipe: PromptRecipe
@@ -235,7 +235,7 @@ class Needs:
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """Learned starts of users' LoRAs of all lanes, by preset."""
+        """Learned starts of users' LoRAs of all lanes, by adapter set."""
         return _once([name for lane in self.lanes for name in lane.starts])
 
     @property
@@ -285,7 +285,7 @@ def changed_recipe(like: Method, prompt: dict[str, Any]) -> tuple[PromptRecipe |
 
 def needs_of(config: RunConfig) -> Needs:
     """The stages behind a run's methods, each once, in the order of the methods."""
-    return needs_of_methods(methods_of(config), config.user.start == "learned")
+    return needs_of_methods(methods_of(config), config.learned_sets)
 
 
 def stages_of(config: RunConfig) -> list[str]:
@@ -294,17 +294,17 @@ def stages_of(config: RunConfig) -> list[str]:
     return ["prepared", "base", *lanes, *(f"predictions/{method.name}" for method in methods_of(config))]
 
 
-def needs_of_methods(methods: Sequence[Method], learned_start: bool) -> Needs:
-    """The same for methods at hand; `learned_start` as in `user.start`."""
+def needs_of_methods(methods: Sequence[Method], learned: Collection[str] = ()) -> Needs:
+    """The same for methods at hand; `learned` are the adapter sets that start from a learned adapter."""
     asked = [method for method in methods if method.kind != "floor"]
     lanes = sorted(_once([method.lane for method in asked]), key=bool)  # the plain one first
     return Needs(
-        tuple(_lane_needs([method for method in asked if method.lane == lane], learned_start) for lane in lanes),
+        tuple(_lane_needs([method for method in asked if method.lane == lane], learned) for lane in lanes),
         tuple(method.name for method in methods if method.kind == "floor"),
     )
 
 
-def _lane_needs(methods: list[Method], learned_start: bool) -> LaneNeeds:
+def _lane_needs(methods: list[Method], learned: Collection[str]) -> LaneNeeds:
     sets = _once([method.adapter_set for method in methods])
     return LaneNeeds(
         recipe=methods[0].recipe,
@@ -316,8 +316,7 @@ def _lane_needs(methods: list[Method], learned_start: bool) -> LaneNeeds:
         pplugs=_once([method.pplug for method in methods]),
         plora=any(method.kind == "PLoRA" for method in methods),
         merged=any(method.kind == "merged" for method in methods),
-        # OPPU and the released preset are what they are
-        starts=tuple(name for name in sets if learned_start and name == "proper"),
+        starts=tuple(name for name in sets if name in learned),
     )
 
 

@@ -18,7 +18,7 @@ from proper_ds.data.tokens import QUERY, Example
 from proper_ds.evaluation.adapters import addition_of
 from proper_ds.evaluation.additions import MAX_ROWS, Addition
 from proper_ds.evaluation.answers import SCHEMA, write_answers
-from proper_ds.evaluation.methods import methods_of
+from proper_ds.evaluation.methods import Method, methods_of
 from proper_ds.evaluation.predict import decide, generate, score_labels
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
@@ -66,7 +66,7 @@ class PredictJob:
         self._encoder = PromptEncoder(context.tokenizer, config.base.prompt_suffix, config.base.max_length)
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules, *self._of_plora()})
         self._model = PersonalModel(lm, find_targets(lm, names))
-        self._additions: dict[str, Addition] = {}
+        self._addition: tuple[str, Addition] | None = None  # of one method at a time: they take room on the device
         self._asked: tuple[tuple[str, int], list[Question]] = ("", -1), []
 
     def _of_plora(self) -> list[str]:
@@ -81,17 +81,24 @@ class PredictJob:
         context = self._lanes.context(method.lane)
         questions = self._questions(context, unit)
         self._lanes.wear(method.lane if method.population else None)
-        if method.name not in self._additions:
-            self._additions[method.name] = addition_of(method, context)
-        addition = self._additions[method.name]
+        addition = self._addition_of(method, context)
         rows: list[dict[str, Any]] = []
+        answer_s = time.perf_counter()
         addition.attach(self._model)
         for task_code, task in enumerate(context.prepared.manifest.tasks.values()):
             rows += self._answer(context, addition, task, [q for q in questions if q.example.task == task_code])
         addition.detach(self._model)
+        answering_seconds = time.perf_counter() - answer_s
         table = pa.Table.from_pylist([row | {"method": method.name} for row in rows], schema=SCHEMA)
         write_answers(context.folder.stage(unit.part).path, unit.name, table)
-        return {"num_questions": len(rows), "seconds": time.perf_counter() - start_s}
+        seconds = time.perf_counter() - start_s
+        return {"num_questions": len(rows), "answering_seconds": answering_seconds, "seconds": seconds}
+
+    def _addition_of(self, method: Method, context: RunContext) -> Addition:
+        if self._addition is None or self._addition[0] != method.name:
+            self._addition = None  # the old one goes before the new one comes
+            self._addition = (method.name, addition_of(method, context))
+        return self._addition[1]
 
     def _questions(self, context: RunContext, unit: UserRange) -> list[Question]:
         """The unit's questions under the lane's prompts; those of the last unit asked for are at hand."""

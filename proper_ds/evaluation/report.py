@@ -132,7 +132,7 @@ def _costs(context: RunContext) -> dict[str, Any]:
 
 def _stages_behind(method: Method, config: RunConfig) -> list[str]:
     """The stages that had to be trained or computed for a method, in order; preparing the data is everybody's."""
-    needs = needs_of_methods([method], config.user.start == "learned")
+    needs = needs_of_methods([method], config.learned_sets)
     lanes = [stage for lane in needs.lanes for stage in lane.stages(config.group.user_vector)]
     return [stage for stage in lanes if split_lane(stage)[0] != "tokens"]
 

@@ -52,6 +52,24 @@ class SentenceEncoder:
         found: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self._longest)["input_ids"]
         return found
 
+    def with_answer(self, text: str, answer: str) -> str:
+        """`{text} {answer}`; the end of a long text is cut off, so that the answer is seen whole, or as far as it fits
+        alone."""
+
+        def shown(length: int) -> str:
+            return f"{text[:length]} {answer}"
+
+        if self._fits(shown(len(text))):
+            return shown(len(text))
+        fits, too_long = 0, len(text)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (middle, too_long) if self._fits(shown(middle)) else (fits, middle)
+        return shown(fits)
+
+    def _fits(self, text: str) -> bool:
+        return len(self._tokenizer(text)["input_ids"]) <= self._longest
+
     def embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Vectors [N, E] of texts in one pass, fp32 on the CPU."""
         width = max(len(row) for row in ids)

@@ -13,6 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from proper_ds.data.manifest import Manifest
@@ -21,14 +24,18 @@ from proper_ds.data.prepared import PreparedData
 from proper_ds.data.prompts import PromptEncoder, history_prompt
 from proper_ds.distributed.ds_config import read_ds_file, zero_stage
 from proper_ds.errors import AdapterError, ConfigError, Problem
+from proper_ds.evaluation.floor_base import sklearn_parts
 from proper_ds.evaluation.methods import needs_of
+from proper_ds.evaluation.protocol import users_of
 from proper_ds.model.base import attention_window, find_targets, load_tokenizer
 from proper_ds.model.lora import LoraLayout
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stages import Stage, StageList, prepared_path
 from proper_ds.run_folder import RunFolder
+from proper_ds.training.anchors import anchors_among
 from proper_ds.training.create_base import llama_config
+from proper_ds.training.persona_inputs import check_room
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -66,7 +73,7 @@ def _lines(config: RunConfig, stages: StageList, folder: RunFolder, prepared: Pa
     for name, task in manifest.tasks.items():
         labels = f"{len(task.labels)} labels" if task.labels else "open answers"
         lines.append(f"task         {name}: {task.lamp_id}, {labels}" + (", GENERATED data" if task.generated else ""))
-    lm = check_inputs(config, manifest)
+    lm = check_inputs(config, PreparedData(prepared))
     size = sum(p.numel() for p in lm.parameters())
     up_to = "up to " if config.base.create else ""  # the tokenizer may find fewer words
     lines.append(f"base         {config.base.model or 'created here'}: {type(lm).__name__}, {up_to}{size:,} parameters")
@@ -77,15 +84,17 @@ def _lines(config: RunConfig, stages: StageList, folder: RunFolder, prepared: Pa
     return lines
 
 
-def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) -> Any:
+def check_inputs(config: RunConfig, prepared: PreparedData, evaluates: bool = True) -> Any:
     """What only data and base together can tell, before anything is trained; returns the base's modules.
 
     Args:
         evaluates: whether questions are to be answered, so that there must be some.
 
     Raises:
-        UserError: where the data lacks a split, or the base lacks a targeted module or is too short.
+        UserError: where the data lacks a split or somebody to merge from, the base lacks a targeted module or is too
+            short, or a package is missing.
     """
+    manifest, needs = prepared.manifest, needs_of(config)
     has = ", ".join(manifest.splits) or "none"
     wanted = {"data.train_split": config.data.train_split}
     if evaluates:
@@ -97,15 +106,23 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
     ]
     if problems:
         raise ConfigError("data", problems)
+    if needs.merged:
+        anchors_among(*_history_and_splits(prepared, config), config)
+    if {"words", "words+own"} & set(needs.floors):
+        sklearn_parts()
     lm = skeleton(config)
-    for name in ("population", "group", "user"):
+    for name in ("population", "group", "user", *(["plora"] if needs.plora else [])):
         try:
             lora = getattr(config, name).lora
             find_targets(lm, lora.target_modules, lora.layers)
         except AdapterError as error:
             problems.append(Problem(f"{name}.lora", str(error), "Use some of these."))
+    if needs.pplugs:
+        try:
+            check_room(lm, config.base.max_length)
+        except AdapterError as error:
+            problems.append(Problem("base.max_length", str(error), "Or leave method PPlug out."))
     window = attention_window(lm.config)
-    needs = needs_of(config)
     several_in_a_row = {
         "population.packing": config.population.packing and needs.population,
         "group.packing": config.group.packing and bool(needs.presets),
@@ -119,6 +136,17 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
     if problems:
         raise ConfigError(f"base {config.base.model or 'created here'}", problems)
     return lm
+
+
+def _history_and_splits(prepared: PreparedData, config: RunConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By user: number of history items, whether they are training users, whether they are asked."""
+    train, asked = (users_of(prepared, split) for split in (config.data.train_split, config.evaluation.split))
+    counts, without = [], []
+    for shard in prepared.manifest.shards:
+        table = pq.read_table(prepared.folder / shard.file, columns=["num_history", "splits"])
+        counts.append(table.column("num_history").to_numpy())
+        without.append(pc.list_value_length(table.column("splits")).to_numpy() == 0)
+    return np.concatenate(counts), train | np.concatenate(without), asked
 
 
 @contextmanager

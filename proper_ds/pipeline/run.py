@@ -159,7 +159,7 @@ class Run:
             return
         step = "+".join(dict.fromkeys(stage.step for stage in missing))
         if step not in ("prepare", "report") and not self._is_checked:
-            check_inputs(self.config, self.context.prepared.manifest, self._evaluates)
+            check_inputs(self.config, self.context.prepared, self._evaluates)
             self._is_checked = True
         for stage in missing:
             if self._begin(stage):

@@ -55,6 +55,8 @@ ENCODER = ("encoder", "encoder_revision", "pooling", "query_prefix")
 """Settings of `pplug` that its embeddings depend on."""
 TOKENS_VERSION = 2
 """Counts up where the same data makes other prompts than before: 2 cuts them alike whatever their answer."""
+RECIPES_VERSION = 3
+"""The same for prompts by recipe: 3 keeps the items that fit where not all do."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
 RUN_ONLY = (
@@ -138,8 +140,8 @@ class StageList:
         self._add_rivals(needs)
         for preset in needs.presets:
             self._add_group(preset, lane)
-        for preset in needs.starts:
-            self._add_start(preset, lane)
+        for adapter_set in needs.starts:
+            self._add_start(adapter_set, lane)
         for adapter_set in needs.adapter_sets:
             self._add_store(adapter_set, lane)
         for preset in needs.routers:
@@ -237,7 +239,7 @@ class StageList:
             "prompt_suffix": config.base.prompt_suffix,
             "train_split": config.data.train_split,
             "max_new_tokens": config.evaluation.max_new_tokens,
-            "version": TOKENS_VERSION,
+            "version": TOKENS_VERSION if recipe.is_plain else RECIPES_VERSION,
         }
         before = ["prepared", "base"]
         if not recipe.is_plain:
@@ -245,7 +247,11 @@ class StageList:
         if recipe.profile == "model":
             assert recipe.profile_model is not None, "checks.py sees to it"
             model = base_fingerprint(recipe.profile_model, recipe.profile_revision)
-            about = {"model": model, "num_tokens_per_unit": config.fleet.num_tokens_per_unit}
+            about = {
+                "model": model,
+                "num_tokens_per_unit": config.fleet.num_tokens_per_unit,
+                "dtype": config.base.dtype,
+            }
             about |= {key: value for key, value in settings["recipe"].items() if key.startswith(("profile", "seed"))}
             self._add("profiles", "profiles", "fleet", about, ["prepared"], lane=recipe.lane)
             before.append("profiles")
@@ -301,13 +307,15 @@ class StageList:
             settings = {key: value for key, value in settings.items() if key not in PROPER_ONLY}
         self._add(f"group/{preset}", "group", "ranks", settings, before, lane=lane)
 
-    def _add_start(self, preset: str, lane: str) -> None:
+    def _add_start(self, adapter_set: str, lane: str) -> None:
         """The start depends on how users train from it, but for what says how their work is cut."""
         user = _dump(self._config.start.for_users(self._config.user))
         for name in ("only_changed", "users", "max_history_items", "start", *IDLE):
             user.pop(name, None)
         settings = self._rank_settings("start") | {"user": user}
-        self._add(f"start/{preset}", "start", "ranks", settings, ["population", f"group/{preset}"], lane=lane)
+        settings.pop("adapter_sets")
+        before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
+        self._add(f"start/{adapter_set}", "start", "ranks", settings, before, lane=lane)
 
     def _add_store(self, adapter_set: str, lane: str) -> None:
         config = self._config

@@ -27,8 +27,13 @@ def merge_anchors(tokens: TokenData, config: RunConfig) -> np.ndarray:
     Raises:
         DataError: where every training user is evaluated, too, or has no history.
     """
-    split = config.data.train_split
-    count = num_history(tokens) * (training_users(tokens, split) & ~users_with_queries(tokens, config.evaluation.split))
+    train = training_users(tokens, config.data.train_split)
+    return anchors_among(num_history(tokens), train, users_with_queries(tokens, config.evaluation.split), config)
+
+
+def anchors_among(num_items: np.ndarray, train: np.ndarray, asked: np.ndarray, config: RunConfig) -> np.ndarray:
+    """The same from numbers of history items and masks over users: training users, and those who are asked."""
+    count = num_items * (train & ~asked)
     order = np.random.default_rng(seed_of(config.seed, "merge anchors")).permutation(np.flatnonzero(count))
     if not len(order):
         raise DataError(
@@ -37,6 +42,6 @@ def merge_anchors(tokens: TokenData, config: RunConfig) -> np.ndarray:
             " split by users, or drop the method"
         )
     chosen = order[np.argsort(-count[order], kind="stable")][: config.merge.num_anchors]
-    mask = np.zeros(tokens.num_users, dtype=bool)
+    mask = np.zeros(len(num_items), dtype=bool)
     mask[chosen] = True
     return mask

@@ -160,8 +160,8 @@ class UserConfig(OptimSettings):
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Rounded up to whole steps, of which a user with little history has few; the first warm-up step learns nothing."""
     start: Literal["fresh", "learned"] = "fresh"
-    """Where adapters of preset `proper` start: `fresh` (A at random, B zero), or `learned` over the training users by a
-    stage of its own (section `start`, whose settings take the place of some of these). OPPU's are always fresh."""
+    """Where the adapters of `start.adapter_sets` start: `fresh` (A at random, B zero), or `learned` over the training
+    users by a stage of its own (section `start`, whose settings take the place of some of these)."""
     users: Literal["all", "needed"] = "all"
     """`needed`: only users that are evaluated, and those the router learns from."""
     only_changed: bool = False
@@ -212,6 +212,9 @@ class StartConfig(RankTraining):
     A batch counts users. Each learns from the history as in the user stage, then answers the training questions.
     """
 
+    adapter_sets: list[Literal["proper", "OPPU"]] = ["proper"]
+    """Sets of adapters that start from a learned one; each set has its own. OPPU is published without; `[proper, OPPU]`
+    tells what is PROPER's groups and what is the start."""
     learning_rate: float = Field(default=3e-3, gt=0)
     factor_learning_rate: float = Field(default=0.1, gt=0)
     """Of the logarithms of step sizes and shrinkage, under the same schedule."""
@@ -231,6 +234,13 @@ class StartConfig(RankTraining):
     """Takes the place of `user.num_train_epochs`."""
     user_min_steps: int = Field(default=5, ge=0)
     """Takes the place of `user.min_steps`: from a learned start fewer steps are needed than from a fresh one."""
+
+    @field_validator("adapter_sets")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("give `proper`, `OPPU` or both, each once")
+        return value
 
     @field_validator("train_on")
     @classmethod

@@ -73,7 +73,7 @@ class EmbeddingsJob:
         for user in self._context.prepared.users(unit.first, unit.stop):
             asked = [history_prompt(tasks[item.task], item) for item in user.history]
             texts += [f"{prefix}{text}" for text in asked]
-            texts += [f"{text} {item.answer}" for text, item in zip(asked, user.history, strict=True)]
+            texts += [encoder.with_answer(text, item.answer) for text, item in zip(asked, user.history, strict=True)]
             texts += [f"{prefix}{query.input}" for query in user.queries]
             counts.append((len(user.history), len(user.queries)))
         ids = encoder.ids(texts)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def make_stage(name: str, context: RunContext, ranks: Ranks) -> RankStage:
     """The stage of this full name, in its lane.
 
-    It is `population`, `group/<preset>`, `router/<preset>`, `store/<preset>-joint`, `start/<preset>`,
+    It is `population`, `group/<preset>`, `router/<preset>`, `store/<preset>-joint`, `start/<set>`,
     `pplug/<base>` or `plora`.
     """
     own_name, lane = split_lane(name)

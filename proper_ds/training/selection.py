@@ -77,6 +77,18 @@ def router_users(tokens: TokenData, users: str, max_users: int | None, train_spl
     return mask
 
 
+def first_questions(tokens: TokenData, train_split: str) -> np.ndarray:
+    """By user, the index of the first question of the training split that has an answer; -1 where there is none."""
+    found = np.full(tokens.num_users, -1, dtype=np.int64)
+    for start, stop in tokens.blocks():
+        asked = (tokens.column("kind", start, stop) == QUERY) & tokens.column("has_answer", start, stop)
+        asked &= tokens.column("split", start, stop) == tokens.split_code(train_split)
+        users, places = np.unique(tokens.column("user", start, stop)[asked], return_index=True)
+        is_new = found[users] < 0  # a user's examples may lie in two blocks
+        found[users[is_new]] = start + np.flatnonzero(asked)[places[is_new]]
+    return found
+
+
 def table_line(user: int, num_items: int, num_users: int) -> int:
     """A user's line in released user tables made for `num_users` users.
 

@@ -34,7 +34,7 @@ from proper_ds.training.features import FeatureData
 from proper_ds.training.rank_batch import RankBatch, example_seed, numbers_of, rank_batch
 from proper_ds.training.rank_stage import RankStage
 from proper_ds.training.rows import micro_batches, pack, rows_of_step
-from proper_ds.training.selection import num_history
+from proper_ds.training.selection import first_questions, num_history
 from proper_ds.training.slots import UserTask
 from proper_ds.training.unit_jobs import user_vector
 from proper_ds.training.users import train_users
@@ -167,21 +167,26 @@ class StartStage(RankStage):
 
     section = "start"
 
-    def __init__(self, context: RunContext, preset: str) -> None:
+    def __init__(self, context: RunContext, adapter_set: str) -> None:
+        """`adapter_set`: a preset, whose group level is on while users train, or `OPPU`, which has none."""
         super().__init__(context)
-        self.name = f"start/{preset}"
+        self.name = f"start/{adapter_set}"
         config, tokens = context.config, context.tokens
         self._seed = seed_of(config.seed, self.name)
-        self._level = GroupLevel.load(context.stage(f"group/{preset}").path / "level.safetensors").to(context.device)
-        with_features = self._level.encoder is not None
+        self._level: GroupLevel | None = None
+        if adapter_set != "OPPU":
+            path = context.stage(f"group/{adapter_set}").path / "level.safetensors"
+            self._level = GroupLevel.load(path).to(context.device)
+        with_features = self._level is not None and self._level.encoder is not None
         self._features = FeatureData(context.stage("features").path) if with_features else None
         self._history = num_history(tokens)
         lora = config.user.lora
-        names = sorted({*lora.target_modules, *config.group.lora.target_modules})
+        names = sorted({*lora.target_modules, *(config.group.lora.target_modules if self._level is not None else [])})
         lm = self.load_lm(with_population=True)
         layout = LoraLayout.of(find_targets(lm, lora.target_modules, lora.layers), lora)
         model = PersonalModel(lm, find_targets(lm, names))
-        model.attach_groups(self._level.by_module(), config.group.lora.lora_dropout)
+        if self._level is not None:
+            model.attach_groups(self._level.by_module(), config.group.lora.lora_dropout)
         user = self.settings.for_users(config.user)
         self.module: StartModule = StartModule(model, layout, self.settings, user, self._seed)
 
@@ -192,12 +197,12 @@ class StartStage(RankStage):
 
     def indices(self) -> Indices:
         """The first training question of each user with history; a user's other questions come with it."""
-        tokens, code = self.context.tokens, self.context.tokens.split_code(self.context.config.data.train_split)
+        tokens = self.context.tokens
+        first = first_questions(tokens, self.context.config.data.train_split)
 
         def is_chosen(start: int, stop: int) -> np.ndarray:
-            asked = (tokens.column("kind", start, stop) == QUERY) & (tokens.column("position", start, stop) == 0)
-            asked &= (tokens.column("split", start, stop) == code) & tokens.column("has_answer", start, stop)
-            return asked & (self._history[tokens.column("user", start, stop)] > 0)
+            user = tokens.column("user", start, stop)
+            return (first[user] == np.arange(start, stop)) & (self._history[user] > 0)
 
         found = Indices(tokens, is_chosen)
         if not len(found):
@@ -222,7 +227,9 @@ class StartStage(RankStage):
         every = tokens.examples_of(*tokens.range_of(example.user))
         history = [e for e in every if e.kind == HISTORY]
         kept = self._kept(history, example, number)
-        vector_U = user_vector(self._level, self._features, example.user, len(history), kept)
+        vector_U = None
+        if self._level is not None:
+            vector_U = user_vector(self._level, self._features, example.user, len(history), kept)
         questions = [e for e in every if e.kind == QUERY and e.num_targets]
         return UserTask(str(example.user), [history[n] for n in kept], vector_U), questions
 

@@ -201,8 +201,7 @@ class UsersJob:
         if not starts_learned(self._config, name):
             return None
         if name not in self._learned:
-            preset = split_lane(name)[0].removeprefix("store/")
-            self._learned[name] = UserStart.load(context.stage(f"start/{preset}").path / START)
+            self._learned[name] = load_start(context, split_lane(name)[0].removeprefix("store/"))
         return self._learned[name]
 
     def _starts(self, name: str, keys: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -298,8 +297,13 @@ class UsersJob:
 
 
 def starts_learned(config: RunConfig, store: str) -> bool:
-    """Whether the adapters of this set start from a learned one; only those of preset `proper` can."""
-    return config.user.start == "learned" and split_lane(store)[0] == "store/proper"
+    """Whether the adapters of this set, the stage's full name, start from a learned one."""
+    return split_lane(store)[0].removeprefix("store/") in config.learned_sets
+
+
+def load_start(context: RunContext, adapter_set: str) -> UserStart:
+    """The learned start of a set in the context's lane."""
+    return UserStart.load(context.stage(f"start/{adapter_set}").path / START)
 
 
 def _digests(context: RunContext, users: list[int]) -> list[str]:

@@ -41,9 +41,9 @@ def test_actors_units_are_added_up_and_one_done_twice_counts_once():
 
 def test_seconds_an_answer():
     events = [
-        unit("predictions/OPPU", "a", seconds=1.0, num_questions=10),
-        unit("predictions/OPPU", "b", seconds=3.0, num_questions=10),
-        unit("predictions/base", "a", seconds=1.0, num_questions=20),
+        unit("predictions/OPPU", "a", seconds=9.0, answering_seconds=1.0, num_questions=10),
+        unit("predictions/OPPU", "b", seconds=3.0, answering_seconds=3.0, num_questions=10),
+        unit("predictions/base", "a", seconds=2.0, answering_seconds=1.0, num_questions=20),
         unit("store/OPPU", "a", seconds=50.0),
     ]
     assert answering_seconds(events) == {"OPPU": 0.2, "base": 0.05}

@@ -51,6 +51,15 @@ def test_a_text_among_others_is_the_text_alone(folder, pooling):
         torch.testing.assert_close(alone_E, wanted_E, rtol=1e-4, atol=1e-5)
 
 
+def test_the_answer_of_a_long_text_is_seen_whole(folder):
+    encoder = SentenceEncoder(str(folder), None, "mean", "cpu")
+    assert encoder.with_answer("a b", "c d") == "a b c d"
+    long = " ".join(["a b"] * 20)
+    (first, second) = encoder.ids([encoder.with_answer(long, answer) for answer in ("c d", "d d d")])
+    assert first == [2, 4, 5, 4, 5, 4, 5, 6, 7, 3], "eight words between the marks, the answer's two the last"
+    assert second == [2, 4, 5, 4, 5, 4, 7, 7, 7, 3]
+
+
 def test_no_text_is_no_token(folder):
     assert SentenceEncoder(str(folder), None, "mean", "cpu").ids([]) == []
 

@@ -149,10 +149,21 @@ def test_what_a_learned_start_depends_on(prints, override, first):
     assert [name for name in watched if before[name] != after[name]] == first
 
 
+def test_oppu_may_have_a_learned_start_of_its_own_that_needs_no_groups(prints):
+    sets, alone = "start.adapter_sets=[proper,OPPU]", "evaluation.methods=[population,OPPU]"
+    one, two = prints(LEARNED), prints(LEARNED, sets)
+    changed_too = ["store/OPPU", "predictions/OPPU", "report"]
+    assert [name for name in two if one.get(name) != two[name]] == ["start/OPPU", *changed_too]
+    assert set(two) - set(one) == {"start/OPPU"}
+    bare = prints(LEARNED, alone, "start.adapter_sets=[OPPU]")
+    assert [name for name in bare if name.startswith(("group", "start", "store"))] == ["start/OPPU", "store/OPPU"]
+    assert bare["start/OPPU"] == two["start/OPPU"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_names_all_that_it_reads(method):
     about = METHODS[method]
-    needs = needs_of_methods([about], learned_start=False)
+    needs = needs_of_methods([about])
     if about.kind == "floor":
         assert needs.floors == (method,) and not needs.lanes
         return

@@ -134,8 +134,7 @@ def test_a_learned_start_refuses_what_cannot_go_with_it(load):
     assert "adapters of proper" in problems(load, learned, with_oppu, both)["start.adapter_sets"]
     assert "each once" in problems(load, learned, "start.adapter_sets=[]")["start.adapter_sets"]
     assert "no effect" in problems(load, both)["start.adapter_sets"]
-    idle = problems(load, learned, both, "user.min_steps=9")
-    assert "start.user_min_steps" not in idle.get("user.min_steps", ""), "proper-released trains by user.min_steps"
+    assert load(GOOD, learned, both, "user.min_steps=9"), "proper-released trains by user.min_steps"
     both = problems(load, learned, "user.rank_by_history={1: 4}", "user.early_stopping_patience=1", "user.min_steps=9")
     assert set(both) == {"user.rank_by_history", "user.early_stopping_patience"}, "OPPU trains by user.min_steps"
     only = problems(load, learned, "evaluation.methods=[proper]", "user.min_steps=9")

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -16,15 +17,17 @@ from proper_ds.config import RunConfig, load_config
 from proper_ds.data.prompt_maker import PromptMaker, maker_for
 from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.records import User
-from proper_ds.data.retrieval import Searcher
+from proper_ds.data.tokens import QUERY
+from proper_ds.distributed.ranks import Ranks
 from proper_ds.erasure.forget import forget
 from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.floors import predict_floors
 from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.evaluation.predict_job import PredictJob
 from proper_ds.fleet.plan import Unit
-from proper_ds.run_folder import in_lane
+from proper_ds.run_folder import in_lane, split_lane
 from proper_ds.training.context import RunContext
+from proper_ds.training.rank_jobs import make_stage
 from tests.end_to_end.runs import CONFIG, proper_ds
 
 CPU = torch.device("cpu")
@@ -62,7 +65,8 @@ def case(tmp_path_factory) -> Case:
         "pplug": FEW,
         "plora": FEW,
         "merge": {"num_anchors": 4, "num_neighbours": 2},
-        "user": {"learning_rate": 2e-2, "users": "needed"},
+        "user": {"learning_rate": 2e-2, "users": "needed", "start": "learned"},
+        "start": {"max_steps": 2, "per_device_train_batch_size": 4, "adapter_sets": ["proper", "OPPU"]},
         "distributed": CONFIG["distributed"] | {"num_ranks": 1},
         "evaluation": {"num_bootstrap_samples": 50, "methods": list(METHODS)},
     }
@@ -75,7 +79,7 @@ def case(tmp_path_factory) -> Case:
         for index, user in enumerate(RunContext(loaded, CPU).prepared.users())
         if any(query.split == "dev" for query in user.queries)
     ]
-    index, user = max(asked, key=lambda pair: len(pair[1].history))
+    index, user = max(asked[1:], key=lambda pair: len(pair[1].history))
     return Case(loaded, index, user, [other.key for _, other in asked if other.key != user.key])
 
 
@@ -161,23 +165,51 @@ def test_no_prompt_needs_another_evaluated_users_data(case, tmp_path):
 
 
 def test_a_method_that_reads_other_users_data_is_caught(case, tmp_path, monkeypatch):
-    seen = []
-    honest = Searcher.among_all
+    """What is planted tells each prompt of a split those before it; whatever it saw goes with its maker."""
+    honest = PromptMaker.query
 
-    def greedy(self, text, seed):
-        own = honest(self, text, seed)
-        shown = [*own, *seen]
-        seen.extend(own)
-        return shown
+    def telling(split):
+        def query(self, user, position, num_reserved):
+            made = honest(self, user, position, num_reserved)
+            seen = vars(self).setdefault("seen", [])
+            if user.queries[position].split == split:
+                seen.append(made)
+            return "\n".join([made, *seen])
 
-    monkeypatch.setattr(Searcher, "among_all", greedy)
+        return query
+
+    monkeypatch.setattr(PromptMaker, "query", telling("train"))
+    check_prompts(case, tmp_path / "training users")
+    monkeypatch.setattr(PromptMaker, "query", telling("dev"))
     with pytest.raises(AssertionError):
-        check_prompts(case, tmp_path)
+        check_prompts(case, tmp_path / "evaluated users")
+
+
+def test_nothing_shared_learns_from_what_it_must_not_see(case):
+    """No stage learns a question of an evaluated user; their histories teach only what says so (`users: all`)."""
+    context, found = RunContext(case.config, CPU), dict[str, set[int]]()
+    asked = {index for index, user in enumerate(context.prepared.users()) if user.key in {*case.others, case.user.key}}
+    ranks = Ranks(0, 1, CPU)
+    names = [name for lane in needs_of(case.config).lanes for name in lane.stages("encoder")]
+    for name in names:
+        kind = name.partition("/")[0].partition("@")[0]
+        if kind not in ("population", "group", "pplug", "plora", "router", "start") and "-joint" not in name:
+            continue
+        stage = make_stage(name, context, ranks)
+        tokens, indices = replace(context, lane=split_lane(name)[1]).tokens, stage.indices()
+        examples = tokens.examples(np.concatenate([indices.block(n).indices for n in range(len(indices.counts))]))
+        assert examples, name
+        assert not any(e.kind == QUERY and e.user in asked for e in examples), name
+        found[name] = {e.user for e in examples} & asked
+    kinds = {split_lane(name)[0].partition("/")[0] for name in found}
+    assert kinds == {"population", "group", "pplug", "plora", "router", "start", "store"}
+    taught = {name for name, users in found.items() if users}
+    assert taught == {"plora", "group/proper-released", "store/proper-joint"}, "histories of evaluated users"
 
 
 def test_lanes_have_stages_of_their_own(case):
     context = RunContext(case.config, CPU)
     plain, rag = (replace(context, lane=lane).tokens for lane in ("", METHODS["RAG"].lane))
     assert rag.marker["num_tokens"] > plain.marker["num_tokens"]
-    for name in ("population", "store/OPPU", "group/proper", "router/proper"):
+    for name in ("population", "store/OPPU", "group/proper", "start/proper", "router/proper"):
         assert context.folder.stage(in_lane(name, METHODS["RAG"].lane)).inputs() is not None

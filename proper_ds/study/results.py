@@ -40,6 +40,10 @@ def results_of(runs: Sequence[FinishedRun], folder: Path) -> dict[str, Any]:
         "methods": {part: _methods(main, columns, part) for part in PARTS},
         "differences": {part: _differences(main, columns, part) for part in PARTS},
         "ablations": _ablations(runs, columns, baseline) if len(variants) > 1 else {},
+        # reports of earlier versions do not say it
+        "taught_by_asked": sorted(
+            {m for own in main.values() for r in own for m in r.report.get("taught_by_asked", [])}
+        ),
         "costs": _costs(main),
         "runs": [_about(run, folder) for run in runs],
         "grouping": {run.name: run.report["grouping"] for run in runs if run.report["grouping"]},

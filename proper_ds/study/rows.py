@@ -7,7 +7,7 @@ from typing import Any
 
 from proper_ds.evaluation import report_rows
 from proper_ds.evaluation.compare import BELOW, WITHIN
-from proper_ds.evaluation.report_rows import MARKS, UNKNOWN, gain_text, number, span
+from proper_ds.evaluation.report_rows import MARKS, TAUGHT, TAUGHT_LINE, UNKNOWN, gain_text, number, span
 from proper_ds.study.results import COSTS, PARTS, WHOLE, ranked
 
 NOT_RUN = "not run"
@@ -72,7 +72,7 @@ def _scores(results: Results, part: str, key: str) -> tuple[list[list[str]], fro
     """(rows of a part's scores, places of the best)."""
     cells, columns = results["methods"][part], results["columns"]
     order = ranked(cells, columns)
-    rows, best = [[method] for method in order], set()
+    rows, best = [[f"{method} {TAUGHT}" if method in results["taught_by_asked"] else method] for method in order], set()
     for place, (name, column) in enumerate(columns.items(), start=1):
         there = [cells[method][name][key] for method in order if name in cells[method]]
         top = (max if column["higher_is_better"] else min)(there, default=None)
@@ -89,6 +89,8 @@ def score_table(results: Results, part: str) -> Table:
     """Methods by tasks, the main metric over questions, for everybody or a part of the users."""
     rows, best = _scores(results, part, "value")
     note = "Methods in the order of their mean rank; the best of each task is marked."
+    if results["taught_by_asked"]:
+        note += f" {TAUGHT}: {TAUGHT_LINE}"
     if part == WHOLE and any(column["floor"] for column in results["columns"].values()):
         note += (
             f" {MARKS[BELOW]}: not better than the task's best method without a language model;"

@@ -59,6 +59,16 @@ def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(fini
     assert (tmp_path / "results.html").read_text().count("<svg") >= 3
 
 
+def test_methods_that_learned_from_those_who_are_asked_are_marked(finish, tmp_path):
+    run = finish("films", "main", ratings(CHANCES, 20))
+    for taught, shown in ((["proper"], "proper †"), ([], "proper")):
+        run.report["taught_by_asked"] = taught
+        write_results([run], tmp_path)
+        first = tables_of(read(tmp_path))[0]
+        assert shown in [row[0] for row in first.rows]
+        assert ("†: weights shared by all users" in first.note) == bool(taught)
+
+
 def test_halves_and_cold_users_have_tables_of_their_own(finish, tmp_path):
     run = finish("films", "main", ratings(CHANCES, 40))
     results = results_of([run], tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -185,17 +186,23 @@ def test_a_method_that_reads_other_users_data_is_caught(case, tmp_path, monkeypa
         check_prompts(case, tmp_path / "evaluated users")
 
 
-def test_nothing_shared_learns_from_what_it_must_not_see(case):
+@pytest.fixture
+def one_rank(tmp_path) -> Iterator[Ranks]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield Ranks(0, 1, CPU)
+    torch.distributed.destroy_process_group()
+
+
+def test_nothing_shared_learns_from_what_it_must_not_see(case, one_rank):
     """No stage learns a question of an evaluated user; their histories teach only what says so (`users: all`)."""
     context, found = RunContext(case.config, CPU), dict[str, set[int]]()
     asked = {index for index, user in enumerate(context.prepared.users()) if user.key in {*case.others, case.user.key}}
-    ranks = Ranks(0, 1, CPU)
     names = [name for lane in needs_of(case.config).lanes for name in lane.stages("encoder")]
     for name in names:
         kind = name.partition("/")[0].partition("@")[0]
         if kind not in ("population", "group", "pplug", "plora", "router", "start") and "-joint" not in name:
             continue
-        stage = make_stage(name, context, ranks)
+        stage = make_stage(name, context, one_rank)
         tokens, indices = replace(context, lane=split_lane(name)[1]).tokens, stage.indices()
         examples = tokens.examples(np.concatenate([indices.block(n).indices for n in range(len(indices.counts))]))
         assert examples, name

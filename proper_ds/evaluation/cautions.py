@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from proper_ds.evaluation.methods import Method, methods_of, needs_of
@@ -20,11 +20,12 @@ PromptCounts = Mapping[str, Mapping[str, int]]
 """Of one lane, by split and for history items: see `data.tokens.PROMPT_COUNTS`."""
 
 
-def run_cautions(config: RunConfig, prompts: Mapping[str, PromptCounts]) -> list[str]:
+def run_cautions(config: RunConfig, prompts: Mapping[str, PromptCounts], taught: Sequence[str]) -> list[str]:
     """Everything that sets methods of this run apart besides what they are.
 
     Args:
         prompts: what the tokens of each lane counted.
+        taught: the methods that learned from those who are asked, see `taught_by_asked`.
     """
     found = [line for lane, counts in prompts.items() for line in _room(config, lane, counts)]
     newest = config.user.max_history_items
@@ -33,7 +34,6 @@ def run_cautions(config: RunConfig, prompts: Mapping[str, PromptCounts]) -> list
             f"Users' LoRAs learn from the newest {newest} items only (user.max_history_items); all other methods read"
             " the whole history."
         )
-    taught = [method.name for method in methods_of(config) if taught_by_asked(method, config)]
     if taught:
         found.append(
             f"{', '.join(taught)}: weights shared by all users learned from the histories (never from the questions) of"
@@ -48,9 +48,19 @@ def run_cautions(config: RunConfig, prompts: Mapping[str, PromptCounts]) -> list
     return found
 
 
-def taught_by_asked(method: Method, config: RunConfig) -> bool:
-    """Whether weights that all users share learn from the histories of users who are asked but have no training
-    question; each user's own LoRA, vector or prompt does not count."""
+def taught_by_asked(config: RunConfig, share_in_training: float) -> list[str]:
+    """The methods whose shared weights learn from the histories of users who are asked and have no training question;
+    each user's own LoRA, vector or prompt does not count.
+
+    Args:
+        share_in_training: of those who are asked; where all are training users, all methods learn from them alike.
+    """
+    if share_in_training == 1:
+        return []
+    return [method.name for method in methods_of(config) if _learns_from_all(method, config)]
+
+
+def _learns_from_all(method: Method, config: RunConfig) -> bool:
     if method.kind == "PLoRA":
         return "history" in config.plora.train_on
     if method.preset is None:

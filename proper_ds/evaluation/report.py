@@ -69,7 +69,8 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
     names = list(config.evaluation.methods)
     scored = by_method(score_tasks(table, manifest.tasks, names, Scoring.of(config.evaluation)), names)
     protocol, prompts = protocol_of(context), _prompts(context)
-    protocol["cautions"] += run_cautions(config, prompts)
+    taught = taught_by_asked(config, protocol["share_of_users_also_in_training"])
+    protocol["cautions"] += run_cautions(config, prompts, taught)
     for name, about in scored["tasks"].items():
         about["protocol"] = protocol["name"]
         about["published"] = published_for(name, about, protocol["name"], protocol["base"])
@@ -83,7 +84,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
         **scored,
         "prompts": prompts,
-        "taught_by_asked": [method.name for method in methods_of(config) if taught_by_asked(method, config)],
+        "taught_by_asked": taught,
         "method_notes": {method.name: method.says for method in methods_of(config)},
         "costs": _costs(context),
         "users": _users(context, config),

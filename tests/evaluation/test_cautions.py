@@ -36,9 +36,9 @@ def counts(num_prompts, **others):
 )
 def test_methods_that_learned_from_evaluated_users_are_named(methods, sections, wanted):
     config = config_of(methods, **sections)
-    found = [name for name in methods if taught_by_asked(METHODS[name], config)]
-    assert found == wanted
-    lines = [line for line in run_cautions(config, {}) if "users who are asked" in line]
+    assert taught_by_asked(config, 0.5) == wanted
+    assert taught_by_asked(config, 1.0) == [], "all that are asked are training users, from whom everything learns"
+    lines = [line for line in run_cautions(config, {}, wanted) if "users who are asked" in line]
     assert [line.split(":")[0] for line in lines] == ([", ".join(wanted)] if wanted else [])
 
 
@@ -55,8 +55,8 @@ def test_the_tables_mark_them_and_say_what_the_sign_means(tmp_path):
 
 def test_a_limit_on_users_own_training_is_told():
     user = {"max_history_items": 7}
-    assert "newest 7 items" in " ".join(run_cautions(config_of(["OPPU"], user=user), {}))
-    assert run_cautions(config_of(["OPPU"]), {}) == []
+    assert "newest 7 items" in " ".join(run_cautions(config_of(["OPPU"], user=user), {}, []))
+    assert run_cautions(config_of(["OPPU"]), {}, []) == []
 
 
 def test_profiles_of_whole_histories_are_told(tmp_path):
@@ -64,17 +64,17 @@ def test_profiles_of_whole_histories_are_told(tmp_path):
     recipes = {"read": {"like": "PAG", "prompt": {"profile": "file", "profile_file": str(tmp_path / "p.json")}}}
     config = config_of(["PAG", "read"], recipes=recipes)
     assert set(all_methods(config)) > {"PAG", "read"}
-    assert [line.split(":")[0] for line in run_cautions(config, {})] == ["read"]
+    assert [line.split(":")[0] for line in run_cautions(config, {}, [])] == ["read"]
 
 
 def test_questions_without_room_are_told_from_five_in_a_hundred_on():
     config = config_of(["population", "PAG+RAG"])
     lane = METHODS["PAG+RAG"].lane
     few = {"dev": counts(100, num_cut=5, num_tokens_cut=50, num_no_items=5)}
-    assert run_cautions(config, {"": few, lane: few}) == []
+    assert run_cautions(config, {"": few, lane: few}, []) == []
     plain = {"dev": counts(100, num_cut=6, num_tokens_cut=90), "train": counts(10, num_cut=10, num_tokens_cut=99)}
     lacking = {"dev": counts(100, num_no_items=33, num_fewer_items=50)}
-    found = run_cautions(config, {"": plain, lane: lacking})
+    found = run_cautions(config, {"": plain, lane: lacking}, [])
     assert len(found) == 2
     assert "(population): 6% of the questions were cut" in found[0]
     assert "by 0.9 tokens" in found[0]

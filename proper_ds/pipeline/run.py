@@ -20,7 +20,8 @@ from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.plan import check_inputs
 from proper_ds.pipeline.record import record_run
-from proper_ds.pipeline.stages import ANSWERING, STEPS, Stage, StageList
+from proper_ds.pipeline.stage import Stage
+from proper_ds.pipeline.stages import ANSWERING, STEPS, StageList
 from proper_ds.pipeline.steps import Steps
 from proper_ds.run_folder import RunFolder, split_lane
 from proper_ds.store.elsewhere import open_store, point_to
@@ -109,7 +110,7 @@ class Run:
         return all(self._is_done(stage) for stage in self.stages)
 
     def _is_done(self, stage: Stage) -> bool:
-        return self.folder.stage(stage.name).is_done(stage.fingerprint)
+        return stage.is_done(self.folder)
 
     def _say_what_is_kept(self) -> None:
         for stage in self.stages:

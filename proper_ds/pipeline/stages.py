@@ -7,8 +7,8 @@ complete shared stages keep the fingerprint they have, and stores are brought up
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.prepare import describe_sources
@@ -20,6 +20,7 @@ from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
 from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, Kept
+from proper_ds.pipeline.stage import Stage, Where
 from proper_ds.run_folder import RunFolder, in_lane
 from proper_ds.training.config import PROPER_ONLY
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from proper_ds.config import RunConfig
 
-Where = Literal["driver", "ranks", "fleet"]
 STEPS = (
     "prepare",
     "base",
@@ -63,36 +63,6 @@ RUN_ONLY = (
     "max_damaged_share",
 )
 """Settings of rank stages that say how they run, not what is learned."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of one run.
-
-    Attributes:
-        name: its folder below the run, with its lane.
-        step: what people call it (see STEPS).
-        where: who runs it.
-        settings: everything it depends on besides the stages before it.
-        fingerprint: of the settings and of the stages before it.
-        made_from: fingerprints of the stages before it, and what an update must recognise later.
-        kept_since: when a result was made that is kept although the data changed; "" for all others.
-        is_update: whether adapters that are there stay, and only those of changed users are trained.
-    """
-
-    name: str
-    step: str
-    where: Where
-    settings: dict[str, Any]
-    fingerprint: str
-    made_from: dict[str, Any]
-    kept_since: str = ""
-    is_update: bool = False
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What is written down when the stage begins."""
-        return {"settings": self.settings, "made_from": self.made_from}
 
 
 def _dump(section: Any) -> dict[str, Any]:
@@ -203,11 +173,16 @@ class StageList:
         if marker is not None:
             fingerprint, since = marker["fingerprint"], marker["finished"] if self._kept.data_changed else ""
         self._prints[name] = fingerprint
-        self.stages.append(Stage(name, step, where, settings, fingerprint, made_from, since))
+        earlier = tuple(self._full_name(other, lane) for other in before)
+        self.stages.append(Stage(name, step, where, settings, earlier, fingerprint, made_from, since))
 
     def _print_of(self, name: str, lane: str) -> str:
         """Fingerprint of a stage of the lane, or of one that all lanes share."""
-        return self._prints[name if name in SHARED else in_lane(name, lane)]
+        return self._prints[self._full_name(name, lane)]
+
+    @staticmethod
+    def _full_name(name: str, lane: str) -> str:
+        return name if name in SHARED else in_lane(name, lane)
 
     def _inputs(self) -> None:
         config, data = self._config, self._config.data
@@ -260,7 +235,7 @@ class StageList:
         self._order = order
         self._kept.data_changed = bool(self._kept) and self._kept.made_from["prepared"] != fingerprint
         self._prints["prepared"] = fingerprint
-        self.stages.append(Stage("prepared", "prepare", "driver", settings, fingerprint, {"order": order}))
+        self.stages.append(Stage("prepared", "prepare", "driver", settings, (), fingerprint, {"order": order}))
 
     def _is_there(self, name: str, fingerprint: str) -> bool:
         return RunFolder(self._config.output_path).stage(name).is_done(fingerprint)
@@ -340,8 +315,9 @@ class StageList:
         else:
             fingerprint = digest_of(name, settings, list(made_from.values()), begun["fingerprint"])
         self._prints[name] = fingerprint
-        is_update = begun is not None
-        self.stages.append(Stage(name, "user", "fleet", settings, fingerprint, made_from, is_update=is_update))
+        earlier = tuple(self._full_name(other, lane) for other in [*before, "tokens"])
+        made = Stage(name, "user", "fleet", settings, earlier, fingerprint, made_from, is_update=begun is not None)
+        self.stages.append(made)
 
     def _add_evaluation(self) -> None:
         config, evaluation = self._config, self._config.evaluation

@@ -92,7 +92,8 @@ def score_table(results: Results, part: str) -> Table:
     if part == WHOLE and any(column["floor"] for column in results["columns"].values()):
         note += (
             f" {MARKS[BELOW]}: not better than the task's best method without a language model;"
-            f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference."
+            f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference. Of several seeds the"
+            " worst counts."
         )
     return Table(f"Scores over questions, {WHOSE[part]}", ["method", *_titles(results)], rows, note, best)
 

@@ -81,6 +81,19 @@ def test_mistakes_in_the_file_are_named(tmp_path, changes, said):
         planned(write_study(tmp_path, **changes))
 
 
+def test_no_two_runs_share_a_folder(tmp_path):
+    variants = {"main": None, "main-2": {"group.lora.r": 8}}
+    assert len(planned(write_study(tmp_path, variants=variants, seeds=[2, 3]))) == 4
+    with pytest.raises(ConfigError, match=r"films/main-2: is the folder of variant main, seed 2 and of variant main-2"):
+        planned(write_study(tmp_path, variants=variants, seeds=[1, 2]))
+
+
+def test_prepared_data_is_looked_for_before_anything_runs(tmp_path):
+    tasks = {"films": None, "books": {"data.prepared": str(tmp_path / "nowhere")}}
+    with pytest.raises(ConfigError, match=r"books: data.prepared: .*nowhere holds no manifest\.json"):
+        planned(write_study(tmp_path, tasks=tasks))
+
+
 def test_a_base_for_all_runs_takes_the_place_of_theirs(tmp_path):
     base = tmp_path / "base"
     base.mkdir()

@@ -190,3 +190,14 @@ def test_nothing_cheaper_beats_the_front(points, higher):
     for earlier, later in itertools.pairwise(front):
         assert points[earlier][0] < points[later][0]
         assert sign * points[earlier][1] < sign * points[later][1]
+
+
+def test_of_several_seeds_the_worst_says_how_a_method_stands_to_the_floor(finish, tmp_path):
+    """One lucky seed must not hide that the method is no better than a bag of words."""
+    above, below = CHANCES, CHANCES | {"OPPU": 0.2}
+    runs = [finish("films", "main", ratings(chances, 40), seed) for seed, chances in ((41, above), (42, below))]
+    stands = [run.report["tasks"]["LaMP_3"]["floor"]["methods"]["OPPU"]["standing"] for run in runs]
+    assert stands[0] != stands[1] == "below"
+    results = results_of(runs, tmp_path)
+    assert results["methods"]["all"]["OPPU"]["films"]["standing"] == "below"
+    assert results["methods"]["all"]["proper"]["films"]["standing"] == "above"

@@ -73,7 +73,7 @@ class Run:
             stack.enter_context(self.folder.locked())
             check_nothing_pending(self.folder.root)
             if any(not self._is_done(stage) for stage in self.stages.of(*ANSWERING) if stage.step in chosen):
-                self._reads.check(self.config, self.stages.data_digest)
+                self._reads.check(self.config, self.stages.test_data)
             record_run(self.config, self.folder)
             if self.config.store.location is not None:
                 open_files(self.config.store.location)  # refuses places where two writers could both win
@@ -166,7 +166,7 @@ class Run:
             if self._begin(stage):
                 get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
         if step in ANSWERING:
-            self._reads.record(self.config, self.stages.data_digest)
+            self._reads.record(self.config, self.stages.test_data)
         names = ", ".join(stage.name for stage in missing)
         what = step if names == step else f"{step} ({names})"
         get_logger().info("%s: begins", what)

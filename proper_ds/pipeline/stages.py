@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proper_ds.data.manifest import Manifest
@@ -15,18 +16,18 @@ from proper_ds.data.prepare import describe_sources
 from proper_ds.data.recipe import PromptRecipe
 from proper_ds.data.sources import find_sources
 from proper_ds.distributed.ds_config import read_ds_file, said_of_optimizer
+from proper_ds.evaluation.configuration import configuration_digest
 from proper_ds.evaluation.methods import LaneNeeds, methods_of, needs_of
+from proper_ds.evaluation.test_reads import TestData
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
 from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, Kept
 from proper_ds.pipeline.stage import Stage, Where
 from proper_ds.run_folder import RunFolder, in_lane
-from proper_ds.training.config import PROPER_ONLY
+from proper_ds.training.config import PROPER_ONLY, learned_by
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from proper_ds.config import RunConfig
 
 STEPS = (
@@ -57,14 +58,6 @@ TOKENS_VERSION = 2
 """Counts up where the same data makes other prompts than before: 2 cuts them alike whatever their answer."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
-RUN_ONLY = (
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "gradient_checkpointing",
-    "max_damaged_share",
-)
-"""Settings of rank stages that say how they run, not what is learned."""
 
 
 def _dump(section: Any) -> dict[str, Any]:
@@ -124,12 +117,15 @@ class StageList:
         return iter(self.stages)
 
     @property
-    def data_digest(self) -> str:
-        """Of the data that the run reads, wherever it lies and however it is prepared."""
-        prepared = self.of("prepare")
-        if not prepared:
-            return self._prints["prepared"]
-        return digest_of([source["files"] for source in prepared[0].settings["sources"]])
+    def test_data(self) -> list[TestData]:
+        """The data sets that the run reads, wherever they lie and however they are prepared."""
+        prepared, given = self.of("prepare"), self._config.data.prepared
+        if prepared:
+            sources, folders = prepared[0].settings["sources"], list[Path]()
+        else:
+            assert given is not None
+            sources, folders = Manifest.read(Path(given)).sources, [Path(given)]
+        return [TestData.of(source["path"], source["files"], folders) for source in sources]
 
     def of(self, *steps: str) -> list[Stage]:
         """The stages that belong to the given steps, in order."""
@@ -245,13 +241,7 @@ class StageList:
 
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
-        found = _dump(getattr(config, section))
-        # where a global batch is given, how it is dealt to ranks is rounding
-        dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
-        for without_effect in (*RUN_ONLY, *idle):
-            found.pop(without_effect, None)
-        return found | {
+        return learned_by(_dump(getattr(config, section))) | {
             "seed": config.seed,
             "dtype": config.base.dtype,
             "optimizer": said_of_optimizer(read_ds_file(config.distributed.deepspeed)),
@@ -341,7 +331,9 @@ class StageList:
                 self._add(f"predictions/{method.name}", "evaluate", "fleet", settings, method.stages)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}
         bootstrap["references"] = evaluation.compared_with
-        self._add("report", "report", "driver", bootstrap, [f"predictions/{method.name}" for method in methods])
+        raw = _dump(config)
+        told = bootstrap | {"configuration": configuration_digest(raw), "chosen_by": raw["chosen_by"]}
+        self._add("report", "report", "driver", told, [f"predictions/{method.name}" for method in methods])
 
 
 def _text(settings: dict[str, Any]) -> dict[str, Any]:
@@ -350,8 +342,6 @@ def _text(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _manifest_digest(config: RunConfig) -> Any:
-    from pathlib import Path
-
     assert config.data.prepared is not None
     manifest = Manifest.read(Path(config.data.prepared))
     return [[shard.digest for shard in manifest.shards], [asdict(task) for task in manifest.tasks.values()]]
@@ -359,6 +349,4 @@ def _manifest_digest(config: RunConfig) -> Any:
 
 def prepared_path(config: RunConfig) -> Path:
     """Where the run's prepared data is."""
-    from pathlib import Path
-
     return Path(config.data.prepared) if config.data.prepared else config.output_path / "prepared"

@@ -236,7 +236,7 @@ def notes_of(results: Results) -> list[str]:
     if results["test_reads"]:
         reads = ", ".join(f"{name}: {count}" for name, count in results["test_reads"].items())
         lines.append(f"Configurations that had read the test users when a run did, itself among them: {reads}.")
-    chosen = sorted({run["chosen_by"]["path"] for run in results["runs"] if run["chosen_by"]})
+    chosen = sorted({choice["path"] for run in results["runs"] for choice in run["chosen_by"]})
     lines += [f"Settings chosen by {path}." for path in chosen]
     cautions = dict.fromkeys(line for run in results["runs"] for line in run["cautions"])
     return lines + [f"Not comparable: {line}" for line in cautions]

@@ -17,7 +17,8 @@ from typing import Any
 
 from proper_ds.data.generate import generate
 from proper_ds.errors import ConfigError, Problem, ProperError, StudyError, UserError
-from proper_ds.evaluation.test_reads import TEST, TestReads, configuration_hash
+from proper_ds.evaluation.configuration import configuration_hash
+from proper_ds.evaluation.test_reads import TEST, TestReads
 from proper_ds.files import write_json_atomic
 from proper_ds.observe.log import get_logger, log_to_file
 from proper_ds.observe.progress import ProgressView
@@ -149,7 +150,9 @@ def _check_test_reads(planned: Sequence[PlannedRun]) -> None:
     by_task: dict[str, dict[str, str]] = {}
     for run in planned:
         if run.config.evaluation.split == TEST:
-            by_task.setdefault(run.task, {}).setdefault(configuration_hash(run.config), run.name)
+            by_task.setdefault(run.task, {}).setdefault(
+                configuration_hash(run.config.model_dump(mode="json")), run.name
+            )
     problems = [
         Problem(task, f"{' and '.join(runs.values())} would all read its test users", "Keep one, or give --again.")
         for task, runs in by_task.items()

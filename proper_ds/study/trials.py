@@ -15,7 +15,7 @@ from typing import Any
 
 from proper_ds.config import RunConfig, validate
 from proper_ds.errors import ConfigError, Problem, UserError
-from proper_ds.evaluation.test_reads import configuration_hash
+from proper_ds.evaluation.configuration import configuration_hash
 from proper_ds.files import digest_of, seed_of
 from proper_ds.study.config import Objective, Range, SweepConfig
 from proper_ds.study.merge import merged, without_model
@@ -41,7 +41,7 @@ class Trial:
     @property
     def config_hash(self) -> str:
         """Of everything that can change an answer, but the seed."""
-        return configuration_hash(self.config)
+        return configuration_hash(self.config.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -86,6 +86,24 @@ class RankTraining(OptimSettings):
         if not value or len(set(value)) != len(value):
             raise ValueError("give `history`, `queries` or both, each once")
         return value
+
+
+RUN_ONLY = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "gradient_checkpointing",
+    "max_damaged_share",
+)
+"""Settings of rank stages that say how they run, not what is learned."""
+
+
+def learned_by(section: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage on ranks, as JSON values, that its result depends on."""
+    # where a global batch is given, how it is dealt to ranks is rounding
+    dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    idle = dealt if section["train_batch_size"] is not None else ("train_batch_size",)
+    return {name: value for name, value in section.items() if name not in (*RUN_ONLY, *idle)}
 
 
 class PackedTraining(RankTraining):

@@ -125,8 +125,8 @@ def test_a_task_takes_what_a_sweep_chose_unless_a_variant_says_otherwise(tmp_pat
     tasks = {"films": {"chosen_by": str(tmp_path / "best.yaml")}, "books": None}
     films, books = planned(write_study(tmp_path, tasks=tasks))
     assert (films.config.group.num_experts, books.config.group.num_experts) == (4, 3)
-    assert films.config.chosen_by.num_trials == 2
-    assert books.config.chosen_by is None
+    assert films.config.chosen_by[0].num_trials == 2
+    assert books.config.chosen_by == []
     with pytest.raises(ConfigError, match=r"films/few: group.num_experts: given besides chosen_by"):
         planned(write_study(tmp_path, tasks=tasks, variants={"few": {"group": {"num_experts": 2}}}))
 

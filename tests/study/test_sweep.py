@@ -189,8 +189,9 @@ def test_a_choice_is_followed_and_recorded(chosen, tmp_path):
     config = load_config(chosen)
     assert (config.group.num_experts, config.group.lora.r) == (4, 2)
     assert config.group.lora.lora_alpha == 8
-    assert config.chosen_by.split == "dev"
-    assert config.chosen_by.overrides == {"group.num_experts": 4, "group.lora.r": 2}
+    (choice,) = config.chosen_by
+    assert (choice.split, choice.method, choice.metric, choice.num_trials) == ("dev", "group", "accuracy", 3)
+    assert choice.overrides == {"group.num_experts": 4, "group.lora.r": 2}
     written = tmp_path / "written.yaml"
     written.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (tmp_path / "best.yaml").unlink()
@@ -200,6 +201,46 @@ def test_a_choice_is_followed_and_recorded(chosen, tmp_path):
 def test_a_choice_is_not_contradicted_unnoticed(chosen, tmp_path):
     with pytest.raises(ConfigError, match=r"group.num_experts: given besides chosen_by"):
         load_config(chosen, ["group.num_experts=3"])
+    for section in ("group={num_experts: 4}", "group.lora={r: 2}"):
+        with pytest.raises(ConfigError, match=r"group.num_experts|group.lora.r: given besides chosen_by"):
+            load_config(chosen, [section])
     (tmp_path / "best.yaml").write_text("overrides: 3\n")
     with pytest.raises(ConfigError, match=r"Give a best\.yaml"):
         load_config(chosen)
+
+
+def test_a_choice_on_record_is_the_one_that_is_followed(chosen, tmp_path):
+    """Also where the record is all that is left of the sweep: in a configuration that a run wrote down."""
+    raw = load_config(chosen).model_dump(mode="json")
+    written = tmp_path / "written.yaml"
+    written.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"group.lora.r: given besides chosen_by"):
+        load_config(written, ["group.lora.r=8"])
+    raw["group"]["lora"]["r"] = 8
+    written.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"group.lora.r: is not 2, which .*best\.yaml is on record to choose"):
+        load_config(written)
+
+
+def test_several_choices_are_followed_unless_they_contradict_each_other(chosen, tmp_path):
+    run = yaml.safe_load(chosen.read_text())
+    best = {"split": "tune", "method": "OPPU", "metric": "mae", "num_trials": 3}
+
+    def load(**overrides):
+        other = tmp_path / "other.yaml"
+        other.write_text(
+            yaml.safe_dump(best | {"overrides": {key.replace("__", "."): v for key, v in overrides.items()}})
+        )
+        chosen.write_text(yaml.safe_dump(run | {"chosen_by": [str(tmp_path / "best.yaml"), str(other)]}))
+        return load_config(chosen)
+
+    config = load(population__learning_rate=0.5, group__num_experts=4)
+    assert (config.population.learning_rate, config.group.lora.r) == (0.5, 2)
+    assert [(choice.method, choice.split, choice.metric) for choice in config.chosen_by] == [
+        ("group", "dev", "accuracy"),
+        ("OPPU", "tune", "mae"),
+    ]
+    with pytest.raises(ConfigError, match=r"other\.yaml chose group.num_experts: 5, .*best\.yaml chose .* 4"):
+        load(group__num_experts=5)
+    with pytest.raises(ConfigError, match=r"other\.yaml chose group.lora: .*best\.yaml chose group.lora.r: 2"):
+        load(group__lora={"r": 2})

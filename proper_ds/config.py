@@ -52,6 +52,9 @@ class RunConfig(Section):
     group: GroupConfig = GroupConfig()
     start: StartConfig = StartConfig()
     user: UserConfig = UserConfig()
+    adapter_sets: dict[str, dict[str, Any]] = {}
+    """How the adapters of a set (`OPPU`, `proper`, `proper-released`) are optimised, where other than `user` says, in
+    all lanes: `{OPPU: {learning_rate: 1.0e-3}}`. Keys are those of `user` in `OPTIMISED`."""
     router: RouterConfig = RouterConfig()
     joint: JointConfig = JointConfig()
     pplug: PplugConfig = PplugConfig()
@@ -71,6 +74,20 @@ class RunConfig(Section):
     @classmethod
     def _as_list(cls, value: object) -> object:
         return [value] if isinstance(value, dict) else value or []
+
+    def user_for(self, adapter_set: str) -> UserConfig:
+        """The settings that a set's adapters are trained with, in every lane.
+
+        Args:
+            adapter_set: without its lane.
+        """
+        given = self.user.model_dump(exclude_unset=True) | self.adapter_sets.get(adapter_set, {})
+        settings = UserConfig.model_validate(given)
+        return self.start.for_users(settings) if self.starts_learned(adapter_set) else settings
+
+    def starts_learned(self, adapter_set: str) -> bool:
+        """Whether a set's adapters start from a learned one; only those of preset `proper` can."""
+        return self.user.start == "learned" and adapter_set == "proper"
 
     @property
     def output_path(self) -> Path:

@@ -7,6 +7,7 @@ complete shared stages keep the fingerprint they have, and stores are brought up
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,11 @@ def _dump(section: Any) -> dict[str, Any]:
 class StageList:
     """The stages that a configuration's methods need, in order; built once a run."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, sources: Sequence[dict[str, Any]] | None = None) -> None:
         """Reads the input files' digests.
+
+        Args:
+            sources: stand for what the input files are, for comparisons of settings; then no file of data is read.
 
         Raises:
             UserError: where data or base cannot be found, or settings changed that `user.only_changed` holds fixed.
@@ -80,7 +84,7 @@ class StageList:
         self._order = ""  # which user has which index; the same for all stages
         self.stages: list[Stage] = []
         needs = needs_of(config)
-        self._inputs()
+        self._inputs(sources)
         for lane in needs.lanes:
             self._add_lane(lane)
         self._add_evaluation()
@@ -182,12 +186,13 @@ class StageList:
     def _full_name(name: str, lane: str) -> str:
         return name if name in SHARED else in_lane(name, lane)
 
-    def _inputs(self) -> None:
+    def _inputs(self, sources: Sequence[dict[str, Any]] | None) -> None:
         config, data = self._config, self._config.data
         if data.prepared is not None:
             self._prints["prepared"] = self._order = digest_of(_manifest_digest(config))
         else:
-            self._add_prepared(_dump(data) | {"sources": describe_sources(find_sources(data))})
+            found = describe_sources(find_sources(data)) if sources is None else list(sources)
+            self._add_prepared(_dump(data) | {"sources": found})
         if config.base.create is not None:
             self._add(
                 "base",
@@ -268,7 +273,7 @@ class StageList:
 
     def _add_start(self, preset: str, lane: str) -> None:
         """The start depends on how users train from it, but for what says how their work is cut."""
-        user = _dump(self._config.start.for_users(self._config.user))
+        user = _dump(self._config.user_for(preset))
         for name in ("only_changed", "users", "max_history_items", "start", *IDLE):
             user.pop(name, None)
         settings = self._rank_settings("start") | {"user": user}
@@ -277,7 +282,7 @@ class StageList:
     def _add_store(self, adapter_set: str, lane: str) -> None:
         config = self._config
         is_learned = adapter_set in needs_of(config).starts
-        settings = _dump(config.start.for_users(config.user) if is_learned else config.user)
+        settings = _dump(config.user_for(adapter_set))
         settings.pop("only_changed")
         settings.pop("start")  # said by the stages before it
         settings |= {

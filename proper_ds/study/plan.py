@@ -15,6 +15,7 @@ from proper_ds.data.sources import find_sources
 from proper_ds.errors import ConfigError, Problem, ProperError
 from proper_ds.pipeline.plan import skeleton
 from proper_ds.study.config import GENERATED_FOLDER, OWN_KEYS, Changes, StudyConfig, is_name
+from proper_ds.study.effects import same_answers
 from proper_ds.study.merge import dotted_keys, merged, without_model
 
 MAIN = "main"
@@ -93,7 +94,23 @@ def plan_runs(study: StudyConfig, source: str) -> list[PlannedRun]:
     if problems:
         raise ConfigError(source, problems)
     _check_inputs(planned, source, set(study.generate))
+    if idle := _same_variants(planned):
+        raise ConfigError(source, idle)
     return planned
+
+
+def _same_variants(planned: Sequence[PlannedRun]) -> list[Problem]:
+    """Variants that give the same answers as another, in every task."""
+    by_task: dict[str, dict[str, RunConfig]] = {}
+    for run in planned:
+        by_task.setdefault(run.task, {}).setdefault(run.variant, run.config)
+    same = [
+        {tuple(sorted(pair)) for names in same_answers(configs) for pair in itertools.combinations(names, 2)}
+        for configs in by_task.values()
+    ]
+    wrong = "would give the same answers in all tasks: nothing that differs has an effect"
+    mend = "Remove one, or evaluate a method that depends on what differs."
+    return [Problem(" and ".join(pair), wrong, mend) for pair in sorted(set.intersection(*same))]
 
 
 def folder_of(variant: str, seed: int, seeds: list[int]) -> str:

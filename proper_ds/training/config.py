@@ -220,6 +220,15 @@ class UserConfig(OptimSettings):
         return self.rank_by_history[max(least for least in self.rank_by_history if least <= max(1, num_items))]
 
 
+OPTIMISED = (
+    *OptimSettings.model_fields,
+    "per_device_train_batch_size",
+    "min_steps",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
+"""Settings of the user stage that a set of adapters may have of its own: they say how an adapter is optimised, not
+which numbers it has or who has one."""
 REPLACED = ("learning_rate", "num_train_epochs", "min_steps")
 """Settings of the user stage that a learned start has its own of, called `user_...`."""
 

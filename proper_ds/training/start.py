@@ -182,7 +182,7 @@ class StartStage(RankStage):
         layout = LoraLayout.of(find_targets(lm, lora.target_modules, lora.layers), lora)
         model = PersonalModel(lm, find_targets(lm, names))
         model.attach_groups(self._level.by_module(), config.group.lora.lora_dropout)
-        user = self.settings.for_users(config.user)
+        user = config.user_for(preset)
         self.module: StartModule = StartModule(model, layout, self.settings, user, self._seed)
 
     @property

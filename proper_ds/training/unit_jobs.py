@@ -181,7 +181,7 @@ class UsersJob:
         return self._sets[name]
 
     def _level_of(self, context: RunContext, name: str) -> GroupLevel | None:
-        adapter_set = split_lane(name)[0].removeprefix("store/")
+        adapter_set = _set_name(name)
         if adapter_set == "OPPU":
             return None
         if name not in self._levels:
@@ -198,10 +198,10 @@ class UsersJob:
         return UserTask(context.keys[user], examples, vector_U, start_P)
 
     def _learned_start(self, context: RunContext, name: str) -> UserStart | None:
-        if not starts_learned(self._config, name):
+        preset = _set_name(name)
+        if not self._config.starts_learned(preset):
             return None
         if name not in self._learned:
-            preset = split_lane(name)[0].removeprefix("store/")
             self._learned[name] = UserStart.load(context.stage(f"start/{preset}").path / START)
         return self._learned[name]
 
@@ -211,7 +211,7 @@ class UsersJob:
         With a learned start everybody goes from there: it knows how far a whole history leads, not some items more.
         """
         store = self._sets[name].before
-        is_update = self._sets[name].plan.version > 1 and not starts_learned(self._config, name)
+        is_update = self._sets[name].plan.version > 1 and not self._config.starts_learned(_set_name(name))
         held = [key for key in keys if store.has(key)] if is_update else []
         if not held:
             return {}, {}
@@ -251,7 +251,7 @@ class UsersJob:
         tasks = [self._task(context, user, level, starts.get(context.keys[user])) for user in users]
         counters = Counters()
         start = self._learned_start(context, unit.part)
-        settings = config.user if start is None else config.start.for_users(config.user)
+        settings = config.user_for(_set_name(unit.part))
         results = train_users(self._model, self._layout, tasks, settings, config.seed, counters, start)
         digests = dict(zip((task.key for task in tasks), _digests(context, users), strict=True))
         # without digests: the next update tries these users again
@@ -297,9 +297,9 @@ class UsersJob:
         return kept, num_bytes
 
 
-def starts_learned(config: RunConfig, store: str) -> bool:
-    """Whether the adapters of this set start from a learned one; only those of preset `proper` can."""
-    return config.user.start == "learned" and split_lane(store)[0] == "store/proper"
+def _set_name(store: str) -> str:
+    """The set, without its lane, of a stage."""
+    return split_lane(store)[0].removeprefix("store/")
 
 
 def _digests(context: RunContext, users: list[int]) -> list[str]:

@@ -94,6 +94,17 @@ def test_prepared_data_is_looked_for_before_anything_runs(tmp_path):
         planned(write_study(tmp_path, tasks=tasks))
 
 
+def test_variants_that_change_no_answer_are_refused(tmp_path):
+    wrong = r"group.num_experts=3 and main: would give the same answers in all tasks"
+    with pytest.raises(ConfigError, match=wrong):
+        planned(write_study(tmp_path, vary={"group.num_experts": [3, 5]}, tasks={"films": None, "books": None}))
+    with pytest.raises(ConfigError, match="fast and main"):
+        planned(write_study(tmp_path, variants={"main": None, "fast": {"evaluation.num_tokens_per_batch": 512}}))
+    # a task may have what a variant changes
+    tasks = {"films": {"evaluation.ordinal": "median"}, "books": None}
+    assert len(planned(write_study(tmp_path, vary={"evaluation.ordinal": ["median"]}, tasks=tasks))) == 4
+
+
 def test_a_base_for_all_runs_takes_the_place_of_theirs(tmp_path):
     base = tmp_path / "base"
     base.mkdir()

@@ -83,6 +83,33 @@ def test_mistakes_are_named(tmp_path, changes, said):
         trials_of(write_sweep(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "idle"),
+    [
+        ("population", NUM_EXPERTS, "group.num_experts"),
+        ("OPPU", {"router.learning_rate": [1e-3, 2e-3], "user.learning_rate": [1e-3, 2e-3]}, "router.learning_rate"),
+        ("group", {"evaluation.confidence": [0.9, 0.95]}, "evaluation.confidence"),
+        (["OPPU", "proper"], {"router.learning_rate": [1e-3, 2e-3]}, None),
+        ("RAG", {"recipes.RAG.prompt.num_retrieved": [1, 4]}, None),
+        ("group", {"evaluation.ordinal": ["mode", "median"]}, None),
+    ],
+)
+def test_parameters_without_effect_on_the_objective_are_refused(tmp_path, method, parameters, idle):
+    run = {"base": RUN["base"], "data": {"path": str(tmp_path / "data/films")}}
+    path = write_sweep(tmp_path, run=run, objective={"method": method}, parameters=parameters)
+    if idle is None:
+        assert len(trials_of(path)) == 2
+    else:
+        with pytest.raises(ConfigError, match=rf"parameters\.{idle}: has no effect"):
+            trials_of(path)
+
+
+def test_trials_that_must_give_the_same_answers_are_refused(tmp_path):
+    wrong = r"num_experts=2 \(1\) and group.num_experts=2 \(2\) would give the same answers"
+    with pytest.raises(ConfigError, match=wrong):
+        trials_of(write_sweep(tmp_path, parameters={"group.num_experts": [2, 2, 3]}))
+
+
 def report(value=0.5, other=0.4, metric="accuracy", higher=True):
     tasks = {"films": {"metrics": {metric: higher}}}
     return {

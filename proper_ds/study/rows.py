@@ -213,7 +213,10 @@ def run_table(results: Results) -> Table:
         for run in results["runs"]
     ]
     header = ["task", "variant", "seed", "folder", "configuration", "answers", "s"]
-    note = "`proper-ds report verify FOLDER` computes a run's scores again from its answers."
+    note = (
+        "`proper-ds run FOLDER/config.yaml` makes a run again, `proper-ds report verify FOLDER` its scores from its"
+        " answers."
+    )
     return Table("Runs", header, rows, note)
 
 

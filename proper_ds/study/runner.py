@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,13 @@ def _write_state(
 
 
 def compare(
-    study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressView, again: bool
+    study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressView, again: bool, command: str
 ) -> tuple[list[FinishedRun], list[Failure]]:
     """Do the whole study, tables included, and return what is finished and what failed; a second call finds it done.
 
     Args:
         again: whether test users may be read for other configurations than before.
+        command: the command line, which the tables tell.
 
     Raises:
         UserError: before anything is run, where several configurations would read the same test users.
@@ -132,7 +134,7 @@ def compare(
             adopt(run.config, job.stages, roots)
             job.run()
 
-        return run_all(planned, do, folder, write_results)
+        return run_all(planned, do, folder, partial(write_results, command=command))
 
 
 def raise_for(failures: Sequence[Failure], num_planned: int) -> None:

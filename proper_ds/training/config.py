@@ -132,6 +132,7 @@ PROPER_ONLY = {
     "top_k",
     "num_blocks",
     "divide_by_experts",
+    "gate",
     "user_vector",
     "constraint_weight",
     "balance_weight",
@@ -154,6 +155,8 @@ class GroupConfig(PackedTraining):
     parallelism a user's examples go to the rank that owns the block, and no token crosses ranks."""
     divide_by_experts: bool = False
     """`proper` only: multiply the experts' sum by 1/N, as the released code does and the paper does not."""
+    gate: Literal["tokens_and_user", "user"] = "tokens_and_user"
+    """`proper` only: what the user-aware gates depend on; `user` gives a user the same gates at every token."""
     user_vector: Literal["encoder", "table"] = "encoder"
     """`proper` only: made from the user's history, also for users never seen; or a learned row per user."""
     users: Users = "train"

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proper_ds.config import RunConfig, validate
+from proper_ds.config import RunConfig, apply_chosen, validate
 from proper_ds.errors import ConfigError, Problem, UserError
 from proper_ds.evaluation.configuration import configuration_hash
 from proper_ds.files import digest_of, seed_of
 from proper_ds.study.config import Objective, Range, SweepConfig
 from proper_ds.study.effects import idle_parameters, same_answers
-from proper_ds.study.merge import merged, without_model
+from proper_ds.study.merge import dotted_keys, merged, without_model
 
 TRIALS = "trials"
 MAX_DRAWS = 1000
@@ -97,7 +97,8 @@ def _config(sweep: SweepConfig, name: str, overrides: dict[str, Any], source: st
         "evaluation.split": sweep.objective.split,
         "evaluation.methods": sweep.objective.method,
     }
-    return validate(merged(given, overrides, own), source)
+    raw = merged(given, overrides, own)
+    return validate(raw, source, apply_chosen(raw, dotted_keys(overrides)))
 
 
 def _same_trials(trials: Sequence[Trial]) -> list[Problem]:

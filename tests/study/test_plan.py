@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proper_ds.config import load_config
 from proper_ds.errors import ConfigError
 from proper_ds.study.load import load_study, load_sweep
 from proper_ds.study.merge import merged
@@ -179,4 +180,24 @@ def test_the_studies_that_come_with_it_are_sound(path, shared_data):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_the_sweeps_that_come_with_it_are_sound(path, shared_data):
     given = [f"run.data.path={shared_data}/movie_rating", f"base={shared_data}/base_models/real-text-3m"]
-    assert plan_trials(load_sweep(path, given), str(path))
+    trials = plan_trials(load_sweep(path, given), str(path))
+    assert (len(trials), trials[0].config.evaluation.split) == (12, "tune"), "every family has the same chance"
+
+
+def test_one_run_takes_the_choices_of_all_shipped_sweeps(tmp_path, shared_data, monkeypatch):
+    monkeypatch.setenv("PROPER_DS_ROOT", str(REPO))
+    given = [f"run.data.path={shared_data}/movie_rating", f"base={shared_data}/base_models/real-text-3m"]
+    paths, chosen = [], {}
+    for path in SWEEPS:
+        trial = plan_trials(load_sweep(path, given), str(path))[-1]
+        best = {"overrides": trial.overrides, "split": "tune", "method": path.stem, "metric": "mae", "num_trials": 12}
+        (tmp_path / path.name).write_text(yaml.safe_dump(best))
+        paths.append(str(tmp_path / path.name))
+        chosen |= trial.overrides
+    run = [f"data.path={shared_data}/movie_rating", f"base.model={shared_data}/base_models/real-text-3m"]
+    config = load_config(REPO / "cluster/runs/fair_cpu.yaml", [*run, f"chosen_by={paths}"])
+    assert [choice.method for choice in config.chosen_by] == [path.stem for path in SWEEPS]
+    assert config.user_for("OPPU").learning_rate == chosen["adapter_sets.OPPU.learning_rate"]
+    assert config.user_for("proper").learning_rate == chosen["adapter_sets.proper.learning_rate"]
+    assert config.user_for("OPPU").learning_rate != config.user_for("proper").learning_rate
+    assert config.evaluation.split == "dev"

@@ -225,6 +225,16 @@ def test_a_choice_is_followed_and_recorded(chosen, tmp_path):
     assert load_config(written) == config, "a written configuration needs the sweep's file no more"
 
 
+def test_a_sweep_may_build_on_what_another_chose(chosen, tmp_path):
+    run = yaml.safe_load(chosen.read_text()) | {"data": {"path": str(tmp_path / "data/films")}}
+    del run["output_dir"]
+    trials = trials_of(write_sweep(tmp_path, run=run, parameters={"group.learning_rate": [1e-3, 2e-3]}))
+    assert [trial.config.group.num_experts for trial in trials] == [4, 4]
+    assert trials[0].config.chosen_by[0].method == "group"
+    with pytest.raises(ConfigError, match=r"group.num_experts: given besides chosen_by"):
+        trials_of(write_sweep(tmp_path, run=run, parameters=NUM_EXPERTS))
+
+
 def test_a_choice_is_not_contradicted_unnoticed(chosen, tmp_path):
     with pytest.raises(ConfigError, match=r"group.num_experts: given besides chosen_by"):
         load_config(chosen, ["group.num_experts=3"])

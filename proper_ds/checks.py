@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 def check_config(config: RunConfig) -> list[Problem]:
     """Everything wrong with a configuration that no single value shows."""
-    if wrong := check_set_values(config):
-        return wrong  # what follows asks for the settings of each set
     return [
         *_data(config),
         *_base(config.base),
@@ -44,6 +42,7 @@ def check_config(config: RunConfig) -> list[Problem]:
         *check_rivals(config),
         *check_start(config),
         *check_adapter_sets(config),
+        *check_set_values(config),
         *_update(config),
         *_ranks(config.distributed),
         *_deepspeed(config),
@@ -211,8 +210,9 @@ def _schedules(config: RunConfig) -> list[Problem]:
 
 
 def _user_stages(config: RunConfig) -> list[tuple[str, UserConfig]]:
-    """How users' adapters are trained, and how those of each set that has settings of its own."""
-    own = [(f"adapter_sets.{name}", config.user_for(name)) for name in config.adapter_sets]
+    """How users' adapters are trained, and how those of each set that has legal settings of its own."""
+    wrong = {problem.key.split(".")[1] for problem in check_set_values(config)}
+    own = [(f"adapter_sets.{name}", config.user_for(name)) for name in config.adapter_sets if name not in wrong]
     return [("user", config.user), *own]
 
 

@@ -348,8 +348,8 @@ def test_a_set_of_adapters_has_settings_of_its_own(load):
 def test_settings_of_sets_that_mean_nothing_are_refused(load, given, key, message):
     import re
 
-    found = problems(load, f"adapter_sets={given}", "evaluation.methods=[OPPU, proper]")
-    assert list(found) == [f"adapter_sets.{key}"]
+    found = problems(load, f"adapter_sets={given}", "evaluation.methods=[OPPU, proper]", "group.top_k=99")
+    assert sorted(found) == [f"adapter_sets.{key}", "group.top_k"], "with all other mistakes at once"
     assert re.search(message, found[f"adapter_sets.{key}"])
 
 

@@ -14,7 +14,7 @@ from proper_ds.data.recipe import recipe_problems
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.errors import Problem
-from proper_ds.evaluation.method_checks import check_rivals, check_start
+from proper_ds.evaluation.method_checks import check_adapter_sets, check_rivals, check_set_values, check_start
 from proper_ds.evaluation.methods import METHODS, all_methods, changed_recipe, methods_of, needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import is_changed
@@ -35,11 +35,14 @@ def check_config(config: RunConfig) -> list[Problem]:
         *_experts(config),
         *_schedules(config),
         *_users(config),
+        *_early_stopping(config),
         *_batches(config),
         *_recipes(config),
         *_methods(config),
         *check_rivals(config),
         *check_start(config),
+        *check_adapter_sets(config),
+        *check_set_values(config),
         *_update(config),
         *_ranks(config.distributed),
         *_deepspeed(config),
@@ -189,7 +192,7 @@ def _blocks(config: RunConfig) -> list[Problem]:
 
 
 def _schedules(config: RunConfig) -> list[Problem]:
-    stages: list[tuple[str, OptimSettings]] = [*_rank_stages(config), ("user", config.user)]
+    stages: list[tuple[str, OptimSettings]] = [*_rank_stages(config), *_user_stages(config)]
     problems = []
     for name, stage in stages:
         problems += [Problem(f"{name}.lr_scheduler_kwargs", wrong, mend) for wrong, mend in wrong_kwargs(stage)]
@@ -206,20 +209,33 @@ def _schedules(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def _user_stages(config: RunConfig) -> list[tuple[str, UserConfig]]:
+    """How users' adapters are trained, and how those of each set that has legal settings of its own."""
+    wrong = {problem.key.split(".")[1] for problem in check_set_values(config)}
+    own = [(f"adapter_sets.{name}", config.user_for(name)) for name in config.adapter_sets if name not in wrong]
+    return [("user", config.user), *own]
+
+
+def _early_stopping(config: RunConfig) -> list[Problem]:
+    found: dict[str, Problem] = {}
+    for name, user in _user_stages(config):
+        patience = user.early_stopping_patience
+        if user.early_stopping_threshold and patience is None:
+            key, wrong = f"{name}.early_stopping_threshold", "has no effect without early_stopping_patience"
+            found.setdefault(wrong, Problem(key, wrong, "Set that, too, or remove it."))
+        if patience is not None and not user.min_steps and user.num_train_epochs < patience + 2:
+            wrong = f"{patience} can stop nobody in {user.num_train_epochs} epochs: the first sets the mark"
+            mend = f"Train at least {patience + 2} epochs, or lower it."
+            found.setdefault(wrong, Problem(f"{name}.early_stopping_patience", wrong, mend))
+    return list(found.values())
+
+
 def _users(config: RunConfig) -> list[Problem]:
     user, problems = config.user, []
     ranks = user.rank_by_history
     if ranks is not None and max(ranks.values()) != user.lora.r:
         wrong = f"goes up to rank {max(ranks.values())}, but user.lora.r is {user.lora.r}"
         problems.append(Problem("user.rank_by_history", wrong, "Make the largest rank equal to user.lora.r."))
-    if user.early_stopping_threshold and user.early_stopping_patience is None:
-        wrong, mend = "has no effect without user.early_stopping_patience", "Set that, too, or remove it."
-        problems.append(Problem("user.early_stopping_threshold", wrong, mend))
-    patience = user.early_stopping_patience
-    if patience is not None and not user.min_steps and user.num_train_epochs < patience + 2:
-        wrong = f"{patience} can stop nobody in {user.num_train_epochs} epochs: the first sets the mark"
-        mend = f"Train at least {patience + 2} epochs, or lower it."
-        problems.append(Problem("user.early_stopping_patience", wrong, mend))
     newest = user.max_history_items
     beyond = sorted(least for least in ranks or {} if newest is not None and least > newest)
     if beyond:

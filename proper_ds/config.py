@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from proper_ds.checks import check_config
 from proper_ds.data.config import DataConfig
@@ -22,7 +22,7 @@ from proper_ds.evaluation.config import EvaluationConfig, MethodRecipe
 from proper_ds.files import digest_of_file
 from proper_ds.fleet.config import FleetConfig
 from proper_ds.model.config import BaseConfig
-from proper_ds.section import Section, problems_of
+from proper_ds.section import Section, problems_of, section_at
 from proper_ds.store.config import StoreConfig
 from proper_ds.study.config import ChosenBy
 from proper_ds.training.config import (
@@ -52,6 +52,9 @@ class RunConfig(Section):
     group: GroupConfig = GroupConfig()
     start: StartConfig = StartConfig()
     user: UserConfig = UserConfig()
+    adapter_sets: dict[str, dict[str, Any]] = {}
+    """How the adapters of a set (`OPPU`, `proper`, `proper-released`) are optimised, where other than `user` says, in
+    all lanes: `{OPPU: {learning_rate: 1.0e-3}}`. Keys are those of `user` in `OPTIMISED`."""
     router: RouterConfig = RouterConfig()
     joint: JointConfig = JointConfig()
     pplug: PplugConfig = PplugConfig()
@@ -61,10 +64,30 @@ class RunConfig(Section):
     fleet: FleetConfig = FleetConfig()
     store: StoreConfig = StoreConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    chosen_by: ChosenBy | None = None
-    """Path of a sweep's `best.yaml`: its values take the place of those in this file, and the report says so."""
+    chosen_by: list[ChosenBy] = []
+    """Paths of sweeps' `best.yaml`, or one: their values take the place of those in this file, and the report says
+    so."""
     recipes: dict[str, MethodRecipe] = {}
     """Methods of one's own, and changes of shipped ones, by name."""
+
+    @field_validator("chosen_by", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, dict) else value or []
+
+    def user_for(self, adapter_set: str) -> UserConfig:
+        """The settings that a set's adapters are trained with, in every lane.
+
+        Args:
+            adapter_set: without its lane.
+        """
+        given = self.user.model_dump(exclude_unset=True) | self.adapter_sets.get(adapter_set, {})
+        settings = UserConfig.model_validate(given)
+        return self.start.for_users(settings) if self.starts_learned(adapter_set) else settings
+
+    def starts_learned(self, adapter_set: str) -> bool:
+        """Whether a set's adapters, in any lane, start from a learned one."""
+        return adapter_set in self.learned_sets
 
     @property
     def output_path(self) -> Path:
@@ -165,37 +188,93 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def apply_chosen(raw: dict[str, Any], fixed: Sequence[str] = ()) -> list[Problem]:
-    """Put what a sweep chose (`chosen_by: PATH`) into `raw`, and on record there; returns what could not be.
+    """Put what sweeps chose (`chosen_by`, paths) into `raw`, and on record there; returns what could not be.
 
-    A configuration that a run wrote down has record and values already, and needs the file no more.
+    A configuration that a run wrote down has records and values already, and needs the files no more.
 
     Args:
-        fixed: dotted keys that the choice must not contradict.
+        fixed: dotted keys that no choice must contradict.
     """
-    given = raw.get("chosen_by")
-    if not isinstance(given, str):
-        return []
+    given = raw.get("chosen_by") or []
+    records, values, problems = list[Any](), list[dict[str, Any]](), list[Problem]()
+    for one in given if isinstance(given, list) else [given]:
+        if not isinstance(one, str):
+            records.append(one)
+            continue
+        try:
+            records.append(_read_choice(one))
+            values.append(records[-1]["overrides"])
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
+            mend = "Give a best.yaml of `proper-ds sweep`."
+            problems.append(Problem("chosen_by", f"{one} cannot be used ({error})", mend))
+    problems += _clashes([record for record in records if isinstance(record, dict)], fixed)
+    for overrides in values:
+        for dotted, value in overrides.items():
+            _put(raw, dotted, value)
+    if given:
+        raw["chosen_by"] = records
+    return problems
+
+
+def _clashes(records: Sequence[dict[str, Any]], fixed: Sequence[str]) -> list[Problem]:
+    """Choices that contradict what is given besides, or each other."""
+    known: dict[str, tuple[Any, str]] = {}
+    problems = []
+    for record in records:
+        for dotted, value in dict(record.get("overrides") or {}).items():
+            if any(_overlap(dotted, key) for key in fixed):
+                mend = "Leave chosen_by out, or the override: the report would tell of a choice that was not followed."
+                problems.append(Problem(dotted, "given besides chosen_by, which chose it", mend))
+            for other, (theirs, path) in known.items():
+                if _overlap(dotted, other) and (dotted, value) != (other, theirs):
+                    wrong = f"{record.get('path')} chose {dotted}: {value!r}, {path} chose {other}: {theirs!r}"
+                    problems.append(Problem("chosen_by", wrong, "Keep one of the two, or sweep them together."))
+            known[dotted] = value, str(record.get("path"))
+    return problems
+
+
+def _read_choice(given: str) -> dict[str, Any]:
+    """The record of a `best.yaml`."""
     path = Path(absolute(given))
-    try:
-        best = read_yaml(path)
-        chosen: dict[str, Any] = dict(best["overrides"])
-        record = {name: best[name] for name in ("split", "method", "metric", "num_trials")}
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        return [Problem("chosen_by", f"{given} cannot be used ({error})", "Give a best.yaml of `proper-ds sweep`.")]
-    clash = sorted(set(chosen) & set(fixed))
-    if clash:
-        mend = "Leave chosen_by out, or the override: the report would tell of a choice that was not followed."
-        return [Problem(key, "given besides chosen_by, which chose it", mend) for key in clash]
-    for dotted, value in chosen.items():
-        *sections, last = dotted.split(".")
-        inner = raw
-        for key in sections:
-            if not isinstance(inner.get(key), dict):
-                inner[key] = {}
-            inner = inner[key]
+    best = read_yaml(path)
+    record = {name: best[name] for name in ("split", "method", "metric", "num_trials")}
+    return record | {"path": str(path), "digest": digest_of_file(path), "overrides": dict(best["overrides"])}
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one lies within the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _put(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    inner = raw
+    for key in sections:
+        if not isinstance(inner.get(key), dict):
+            inner[key] = {}
+        inner = inner[key]
+    if isinstance(value, dict) and section_at(RunConfig, tuple(dotted.split("."))) is not None:
+        for key, part in value.items():  # sections merge, as in the sweep's trials
+            _put(raw, f"{dotted}.{key}", part)
+    else:
         inner[last] = value
-    raw["chosen_by"] = record | {"path": str(path), "digest": digest_of_file(path), "overrides": chosen}
-    return []
+
+
+def _not_followed(config: RunConfig) -> list[Problem]:
+    """Values on record as chosen that are not the configuration's: the report would tell of another choice."""
+    problems = []
+    for choice in config.chosen_by:
+        for dotted, value in choice.overrides.items():
+            raw = config.model_dump()
+            _put(raw, dotted, value)
+            try:
+                is_followed = _with_absolute_paths(RunConfig.model_validate(raw)) == config
+            except ValidationError:
+                is_followed = False
+            if not is_followed:
+                mend = "Put it back, or take the choice out of chosen_by."
+                problems.append(Problem(dotted, f"is not {value!r}, which {choice.path} is on record to choose", mend))
+    return problems
 
 
 def validate(raw: dict[str, Any], source: str, problems: Sequence[Problem] = ()) -> RunConfig:
@@ -216,6 +295,7 @@ def validate(raw: dict[str, Any], source: str, problems: Sequence[Problem] = ())
         raise ConfigError(source, found)
     config = _with_absolute_paths(config)
     found += [problem for problem in check_config(config) if not _touches(problem, bad)]
+    found += [] if found else _not_followed(config)
     if found:
         raise ConfigError(source, found)
     return config

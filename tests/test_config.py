@@ -328,6 +328,50 @@ def test_a_written_configuration_with_every_key_loads_again(load, overrides):
     assert load(whole) == load(GOOD, *overrides)
 
 
+OWN = "adapter_sets={OPPU: {learning_rate: 1.0e-3, num_train_epochs: 2, min_steps: 6}}"
+
+
+def test_a_set_of_adapters_has_settings_of_its_own(load):
+    config = load(GOOD, OWN, "user.weight_decay=0.5", "user.learning_rate=0.1")
+    own, other = config.user_for("OPPU"), config.user_for("proper")
+    assert (own.learning_rate, own.num_train_epochs, own.min_steps, own.weight_decay) == (1e-3, 2, 6, 0.5)
+    assert other == config.user
+    assert load(config.model_dump(mode="json")) == config
+    learned = load(GOOD, "user.start=learned", "start.user_min_steps=9", "adapter_sets={proper: {weight_decay: 0.25}}")
+    proper = learned.user_for("proper")
+    assert (proper.min_steps, proper.weight_decay) == (9, 0.25), "the start's settings, over those of the set"
+    assert learned.user_for("OPPU") == learned.user
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "message"),
+    [
+        ("{opu: {min_steps: 3}}", "opu", "no such set.*OPPU, proper, proper-released"),
+        ("{proper-released: {min_steps: 3}}", "proper-released", "no method of evaluation.methods needs the set"),
+        ("{OPPU: {}}", "OPPU", "changes nothing"),
+        ("{OPPU: {lora: {r: 2}}}", "OPPU.lora", "the same for all sets"),
+        ("{OPPU: {max_history_items: 2}}", "OPPU.max_history_items", "the same for all sets"),
+        ("{OPPU: {users: needed}}", "OPPU.users", "the same for all sets"),
+        ("{OPPU: {min_step: 2}}", "OPPU.min_step", "unknown key.*`min_steps`"),
+        ("{OPPU: {learning_rate: -1}}", "OPPU.learning_rate", "greater than 0"),
+        ("{OPPU: {early_stopping_patience: 3}}", "OPPU.early_stopping_patience", "can stop nobody"),
+        ("{OPPU: {lr_scheduler_type: constant, warmup_steps: 2}}", "OPPU.warmup_steps", "no effect"),
+    ],
+)
+def test_settings_of_sets_that_mean_nothing_are_refused(load, given, key, message):
+    import re
+
+    found = problems(load, f"adapter_sets={given}", "evaluation.methods=[OPPU, proper]", "group.top_k=99")
+    assert sorted(found) == [f"adapter_sets.{key}", "group.top_k"], "with all other mistakes at once"
+    assert re.search(message, found[f"adapter_sets.{key}"])
+
+
+def test_a_learned_start_leaves_its_set_no_such_settings(load):
+    given = "adapter_sets={proper: {learning_rate: 0.1}, OPPU: {learning_rate: 0.1}}"
+    found = problems(load, given, "user.start=learned", "evaluation.methods=[OPPU, proper]")
+    assert list(found) == ["adapter_sets.proper.learning_rate"]
+
+
 def test_a_folder_of_an_encoder_is_found_from_anywhere_and_a_name_is_left_alone(load):
     methods = "evaluation.methods=[PPlug]"
     assert load(GOOD, methods, "pplug.encoder=./bge").pplug.encoder == str(REPO / "bge")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,8 @@ def compare(
     from proper_ds.study.runner import raise_for
 
     planned, shown = plan_runs(study, str(yaml)), console()
-    finished, failures = run_study(study, planned, ProgressView(shown), again)
+    command = shlex.join(["proper-ds", "compare", str(yaml), *(overrides or ()), *(["--again"] if again else [])])
+    finished, failures = run_study(study, planned, ProgressView(shown), again, command)
     for run in finished:
         typer.echo(f"{run.name}: {run.seconds:.0f} s in all stages, configuration {run.config_hash[:8]}")
     if finished:

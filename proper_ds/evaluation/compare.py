@@ -14,7 +14,8 @@ from proper_ds.evaluation.bootstrap import Scores, intervals, percentiles
 
 FLOORS = ("own-habit", "words", "words+own")
 """Methods without a language model: what every other one must beat."""
-BELOW, WITHIN, ABOVE = "below", "within the interval", "above"
+STANDINGS = BELOW, WITHIN, ABOVE = "below", "within the interval", "above"
+"""How a method can stand to the best of them, the worst first."""
 
 
 def verdict(low: float, high: float) -> str:

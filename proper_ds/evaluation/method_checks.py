@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from proper_ds.errors import Problem
-from proper_ds.evaluation.methods import needs_of
+from proper_ds.evaluation.methods import ADAPTER_SETS, needs_of
 from proper_ds.model.config import NUM_PERSONAL
-from proper_ds.section import is_changed
-from proper_ds.training.config import REPLACED
+from proper_ds.section import is_changed, problems_of
+from proper_ds.training.config import OPTIMISED, REPLACED, UserConfig
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -57,12 +61,56 @@ def check_start(config: RunConfig) -> list[Problem]:
     elif idle := [name for name in sets if name not in needs.starts]:
         mend = "Leave it out, or evaluate a method that has them."
         problems.append(Problem("start.adapter_sets", f"no method has adapters of {', '.join(idle)}", mend))
-    for name in ("rank_by_history", "early_stopping_patience"):
-        if getattr(user, name) is not None:
+    own = {f"adapter_sets.{name}": config.adapter_sets.get(name, {}) for name in needs.starts}
+    for key, value in (
+        ("user.rank_by_history", user.rank_by_history),
+        ("user.early_stopping_patience", user.early_stopping_patience),
+        *((f"{at}.early_stopping_patience", given.get("early_stopping_patience")) for at, given in own.items()),
+    ):
+        if value is not None:
             wrong = "cannot work with a learned start, which is of one rank and knows how far the training goes"
-            problems.append(Problem(f"user.{name}", wrong, "Remove it, or set `user.start: fresh`."))
+            problems.append(Problem(key, wrong, "Remove it, or set `user.start: fresh`."))
+    for at, given in own.items():
+        for name in (name for name in REPLACED if name in given):
+            wrong, mend = "has no effect with a learned start", f"Remove it, or set start.user_{name}."
+            problems.append(Problem(f"{at}.{name}", wrong, mend))
     for name in REPLACED if set(needs.adapter_sets) == set(needs.starts) else ():
         if is_changed(user, name):
             mend = f"Remove it, or set start.user_{name}."
             problems.append(Problem(f"user.{name}", "has no effect: all adapters start from the learned start", mend))
+    return problems
+
+
+def check_adapter_sets(config: RunConfig) -> list[Problem]:
+    """Sets of `adapter_sets` that are none, or that nobody needs."""
+    needed, problems = needs_of(config).adapter_sets, []
+    for name, changes in config.adapter_sets.items():
+        key = f"adapter_sets.{name}"
+        if name not in ADAPTER_SETS:
+            mend = f"Sets are {', '.join(ADAPTER_SETS)}; each is meant in all lanes."
+            problems.append(Problem(key, "no such set of adapters", mend))
+        elif name not in needed:
+            mend = f"Remove it, or evaluate a method that has adapters of set {name}."
+            problems.append(Problem(key, "has no effect: no method of evaluation.methods needs the set", mend))
+        elif not changes:
+            problems.append(Problem(key, "changes nothing", "Remove it, or say what differs from `user`."))
+    return problems
+
+
+def check_set_values(config: RunConfig) -> list[Problem]:
+    """Keys and values of `adapter_sets` that a set cannot have."""
+    problems = []
+    for name, changes in config.adapter_sets.items():
+        at = f"adapter_sets.{name}"
+        for key in sorted(changes.keys() - set(OPTIMISED)):
+            near = difflib.get_close_matches(key, OPTIMISED, n=1)
+            mend = f"Did you mean `{near[0]}`? " if near else ""
+            mend += f"A set can have {', '.join(OPTIMISED)} of its own."
+            wrong = "is the same for all sets" if key in UserConfig.model_fields else "unknown key"
+            problems.append(Problem(f"{at}.{key}", wrong, mend))
+        try:
+            UserConfig.model_validate({key: value for key, value in changes.items() if key in OPTIMISED})
+        except ValidationError as error:
+            found = [problem for _, problem in problems_of(UserConfig, error)]
+            problems += [replace(problem, key=f"{at}.{problem.key}") for problem in found]
     return problems

@@ -157,6 +157,9 @@ METHODS = {
     )
 }
 
+ADAPTER_SETS = tuple(dict.fromkeys(method.adapter_set for method in METHODS.values() if method.adapter_set))
+"""Names of all sets of users' adapters, which every lane has of its own."""
+
 
 @dataclass(frozen=True)
 class LaneNeeds:

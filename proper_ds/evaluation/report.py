@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.cautions import run_cautions, taught_by_asked
+from proper_ds.evaluation.configuration import configuration_digest
 from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
 from proper_ds.evaluation.grouping import grouping_of, read_truth
@@ -28,7 +29,7 @@ from proper_ds.evaluation.results import Scoring, expert_use, mean_gates, score_
 from proper_ds.evaluation.state import bytes_per_user
 from proper_ds.evaluation.test_reads import num_reads
 from proper_ds.evaluation.verify import by_method, write_sums
-from proper_ds.files import digest_of, write_json_atomic, write_text_atomic
+from proper_ds.files import write_json_atomic, write_text_atomic
 from proper_ds.observe.metrics import read_events
 from proper_ds.run_folder import in_lane, split_lane
 from proper_ds.store.elsewhere import open_store
@@ -79,7 +80,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "run": str(context.folder.root),
         "protocol": protocol,
         "base": context.base_name,
-        "config_digest": digest_of(config.model_dump(mode="json")),
+        "config_digest": configuration_digest(config.model_dump(mode="json")),
         "predictions": write_sums(context.folder.root, names),
         "versions": json.loads((context.folder.root / "versions.json").read_text(encoding="utf-8")),
         **scored,
@@ -95,7 +96,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "stages": _seconds(context, stages),
         "set_aside": manifest.set_aside,
         "test_reads": num_reads(context.folder.root),
-        "chosen_by": config.chosen_by.model_dump(mode="json") if config.chosen_by else None,
+        "chosen_by": [choice.model_dump(mode="json") for choice in config.chosen_by],
     }
 
 

@@ -230,8 +230,13 @@ def protocol_lines(report: dict[str, Any]) -> list[str]:
         " `proper-ds report verify` computes all scores again.",
     ]
     if report["test_reads"]:
-        lines.append(f"{report['test_reads']} configurations had read these test users by then, this one among them.")
-    if report["chosen_by"]:
-        chosen = report["chosen_by"]
-        lines.append(f"Settings chosen on split {chosen['split']} by {chosen['num_trials']} trials: {chosen['path']}.")
+        known = "as far as the ledgers in the run's folder, its study's and beside the data tell"
+        lines.append(
+            f"{report['test_reads']} configurations had read these test users by then, this one among them, {known}."
+        )
+    lines += [
+        f"{', '.join(chosen['overrides'])} chosen on split {chosen['split']} by {chosen['num_trials']} trials of"
+        f" {chosen['method']}, for {chosen['metric']}: {chosen['path']}."
+        for chosen in report["chosen_by"]
+    ]
     return lines + [f"Not comparable: {line}" for line in about["cautions"]]

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.errors import UserError
+from proper_ds.evaluation.configuration import configuration_digest
 from proper_ds.evaluation.questions import SCORED, prediction_files, read_predictions
 from proper_ds.evaluation.results import Scoring, score_tasks
 from proper_ds.files import write_text_atomic
@@ -58,6 +61,8 @@ class Verified:
 def verify(root: Path) -> Verified:
     """Compute all scores of the report in `root` again from the files of predictions that it names.
 
+    The configuration in `config.yaml` must be the one that the report was made with.
+
     Raises:
         UserError: where there is no report, or no predictions.
     """
@@ -78,7 +83,7 @@ def verify(root: Path) -> Verified:
         name: {key: value for key, value in report["tasks"][name].items() if key in task}
         for name, task in again["tasks"].items()
     }
-    problems = _changed_files(root, methods, report["predictions"])
+    problems = _other_configuration(root, report) + _changed_files(root, methods, report["predictions"])
     problems += differences(again, {"methods": report["methods"], "tasks": there})
     return Verified(sum(1 for _ in _numbers(again)), len(files), problems)
 
@@ -128,6 +133,21 @@ def manifest_of(name: str, about: dict[str, Any]) -> TaskManifest:
     labels = tuple(about["labels"]) if about["labels"] is not None else None
     kind, metrics = about["kind"], tuple(about["metrics"])
     return TaskManifest(name, about["lamp_id"], kind, "", (), labels, metrics, 0, about["generated"])
+
+
+def _other_configuration(root: Path, report: dict[str, Any]) -> list[str]:
+    """Whether `config.yaml` says what the report says; a run that was begun anew has another."""
+    path = root / "config.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ["config.yaml: missing"]
+    found = []
+    if configuration_digest(raw) != report["config_digest"]:
+        found.append("config.yaml: not the configuration that the report was made with; run it again")
+    if raw["chosen_by"] != report["chosen_by"]:
+        found.append("config.yaml: chosen_by is not what the report says; run it again")
+    return found
 
 
 def _changed_files(root: Path, methods: Sequence[str], sums: dict[str, str]) -> list[str]:

@@ -97,7 +97,8 @@ class GroupLevel(nn.Module):
     def _fresh_router(self, in_features: int, first: int, generator: torch.Generator) -> Router:
         sizes = self.sizes
         if self.preset.gate == "summed":
-            return SummedRouter(in_features, sizes.num_experts, sizes.user_vector_size, generator, sizes.num_blocks)
+            numbers = (in_features, sizes.num_experts, sizes.user_vector_size)
+            return SummedRouter(*numbers, generator, sizes.num_blocks, self.preset.token_gate)
         return ReleasedRouter(in_features, sizes.num_experts, first, generator)
 
     @property

@@ -23,6 +23,7 @@ class Preset:
             user, shared by all modules or, as released, with a part for each module as wide as the module's input.
         lora_gate: `residual`: the LoRA-aware term is added to the user-aware logits, so stage 3.2 starts where 3.1
             ended; `replace`: the user-aware gate is thrown away, as released.
+        token_gate: whether the user-aware gates depend on the token, too; `summed` ones need not.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Preset:
     constraint_gradient: bool
     user_vector: Literal["encoder", "table"]
     lora_gate: Literal["residual", "replace"]
+    token_gate: bool = True
 
 
 PRESETS = {
@@ -42,9 +44,15 @@ PRESETS = {
 }
 
 
-def preset_of(name: str, user_vector: Literal["encoder", "table"], divide_by_experts: bool = False) -> Preset:
+def preset_of(
+    name: str,
+    user_vector: Literal["encoder", "table"],
+    divide_by_experts: bool = False,
+    gate: Literal["tokens_and_user", "user"] = "tokens_and_user",
+) -> Preset:
     """The preset called `name`; the rest is what `proper` is to use (the released one has its own)."""
     found = PRESETS[name]
     if found.gate == "double_softmax":
         return found
-    return replace(found, user_vector=user_vector, divide_by_experts=divide_by_experts)
+    token_gate = gate == "tokens_and_user"
+    return replace(found, user_vector=user_vector, divide_by_experts=divide_by_experts, token_gate=token_gate)

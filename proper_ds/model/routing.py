@@ -73,6 +73,7 @@ class Router(nn.Module):
 class SummedRouter(Router):
     """Preset `proper`, stage 2: `softmax(W_x x_t + W_u z_u)`, z the user vector shared by all modules.
 
+    Without `with_token` it is `softmax(W_u z_u)`: a user has the same gates at every token.
     With `num_blocks`, the user vector ends in a one-hot of the user's block, and only that block's experts get gates.
     The softmax of summed logits can become as sharp as the data asks for; the released sum of probabilities cannot.
     `W_u` starts at random, so that users with unlike vectors use unlike experts from the first step: experts that all
@@ -86,23 +87,27 @@ class SummedRouter(Router):
         user_vector_size: int,
         generator: torch.Generator,
         num_blocks: int | None = None,
+        with_token: bool = True,
     ) -> None:
         super().__init__()
         self._num_blocks = num_blocks
-        self.token = _uniform(num_experts, in_features, fan_in=in_features, generator=generator)
+        token = _uniform(num_experts, in_features, fan_in=in_features, generator=generator)
+        self.token = token if with_token else None  # drawn all the same: other weights begin alike
         spread = user_vector_size**-0.5
         self.user = nn.Parameter(torch.empty(num_experts, user_vector_size).normal_(0, spread, generator=generator))
 
     def logits(self, x_RTD: Tensor, rows: Rows) -> Tensor:
         """Gate logits [R, T, N] before the softmax."""
         assert rows.user_RU is not None, "user vectors not set"
-        token_RTN = nn.functional.linear(x_RTD, self.token.to(x_RTD.dtype))
         user_RU, size = rows.user_RU, self.user.shape[1]
         user_RN = nn.functional.linear(user_RU[:, :size].to(x_RTD.dtype), self.user.to(x_RTD.dtype))
         if self._num_blocks is not None:
             own_RN = user_RU[:, size:].repeat_interleave(len(self.user) // self._num_blocks, dim=1)
             user_RN = user_RN.masked_fill(own_RN == 0, -torch.inf)
-        return token_RTN + rows.by_token(user_RN)
+        user_RTN = rows.by_token(user_RN)
+        if self.token is None:
+            return user_RTN.expand(*x_RTD.shape[:2], -1)
+        return nn.functional.linear(x_RTD, self.token.to(x_RTD.dtype)) + user_RTN
 
     def forward(self, x_RTD: Tensor, user_out_RTE: Tensor | None, rows: Rows) -> Tensor:
         """See Router."""

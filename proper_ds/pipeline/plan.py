@@ -31,7 +31,8 @@ from proper_ds.model.base import attention_window, find_targets, load_tokenizer
 from proper_ds.model.lora import LoraLayout
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.roster import keep_roster, known_before
-from proper_ds.pipeline.stages import Stage, StageList, prepared_path
+from proper_ds.pipeline.stage import Stage
+from proper_ds.pipeline.stages import StageList, prepared_path
 from proper_ds.run_folder import RunFolder
 from proper_ds.training.anchors import anchors_among
 from proper_ds.training.create_base import llama_config
@@ -271,7 +272,7 @@ def _worker_lines(config: RunConfig) -> list[str]:
 
 def _state(stage: Stage, folder: RunFolder) -> str:
     place = folder.stage(stage.name)
-    if place.is_done(stage.fingerprint):
+    if stage.is_done(folder):
         return f"{stage.name} (kept from {stage.kept_since})" if stage.kept_since else f"{stage.name} (done)"
     if stage.is_update:
         return f"{stage.name} (changed and new users)"

@@ -18,7 +18,7 @@ from proper_ds.data.prepare import Known
 from proper_ds.data.prepared import PreparedData
 from proper_ds.errors import UserError
 from proper_ds.files import atomic_path
-from proper_ds.pipeline.stages import Stage
+from proper_ds.pipeline.stage import Stage
 from proper_ds.run_folder import RunFolder
 
 

@@ -20,7 +20,8 @@ from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.plan import check_inputs
 from proper_ds.pipeline.record import record_run
-from proper_ds.pipeline.stages import ANSWERING, STEPS, Stage, StageList
+from proper_ds.pipeline.stage import Stage
+from proper_ds.pipeline.stages import ANSWERING, STEPS, StageList
 from proper_ds.pipeline.steps import Steps
 from proper_ds.run_folder import RunFolder, split_lane
 from proper_ds.store.elsewhere import open_store, point_to
@@ -72,7 +73,7 @@ class Run:
             stack.enter_context(self.folder.locked())
             check_nothing_pending(self.folder.root)
             if any(not self._is_done(stage) for stage in self.stages.of(*ANSWERING) if stage.step in chosen):
-                self._reads.check(self.config, self.stages.data_digest)
+                self._reads.check(self.config, self.stages.test_data)
             record_run(self.config, self.folder)
             if self.config.store.location is not None:
                 open_files(self.config.store.location)  # refuses places where two writers could both win
@@ -109,7 +110,7 @@ class Run:
         return all(self._is_done(stage) for stage in self.stages)
 
     def _is_done(self, stage: Stage) -> bool:
-        return self.folder.stage(stage.name).is_done(stage.fingerprint)
+        return stage.is_done(self.folder)
 
     def _say_what_is_kept(self) -> None:
         for stage in self.stages:
@@ -165,7 +166,7 @@ class Run:
             if self._begin(stage):
                 get_logger().warning("%s: made from other inputs; the old result is in superseded/", stage.name)
         if step in ANSWERING:
-            self._reads.record(self.config, self.stages.data_digest)
+            self._reads.record(self.config, self.stages.test_data)
         names = ", ".join(stage.name for stage in missing)
         what = step if names == step else f"{step} ({names})"
         get_logger().info("%s: begins", what)

@@ -7,28 +7,30 @@ complete shared stages keep the fingerprint they have, and stores are brought up
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.prepare import describe_sources
 from proper_ds.data.recipe import PromptRecipe
 from proper_ds.data.sources import find_sources
 from proper_ds.distributed.ds_config import read_ds_file, said_of_optimizer
+from proper_ds.evaluation.configuration import configuration_digest
 from proper_ds.evaluation.methods import LaneNeeds, methods_of, needs_of
+from proper_ds.evaluation.test_reads import TestData
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
 from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, Kept
+from proper_ds.pipeline.stage import Stage, Where
 from proper_ds.run_folder import RunFolder, in_lane
-from proper_ds.training.config import PROPER_ONLY
+from proper_ds.training.config import PROPER_ONLY, learned_by
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from proper_ds.config import RunConfig
 
-Where = Literal["driver", "ranks", "fleet"]
 STEPS = (
     "prepare",
     "base",
@@ -59,44 +61,6 @@ RECIPES_VERSION = 3
 """The same for prompts by recipe: 3 keeps the items that fit where not all do."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
-RUN_ONLY = (
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "gradient_checkpointing",
-    "max_damaged_share",
-)
-"""Settings of rank stages that say how they run, not what is learned."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of one run.
-
-    Attributes:
-        name: its folder below the run, with its lane.
-        step: what people call it (see STEPS).
-        where: who runs it.
-        settings: everything it depends on besides the stages before it.
-        fingerprint: of the settings and of the stages before it.
-        made_from: fingerprints of the stages before it, and what an update must recognise later.
-        kept_since: when a result was made that is kept although the data changed; "" for all others.
-        is_update: whether adapters that are there stay, and only those of changed users are trained.
-    """
-
-    name: str
-    step: str
-    where: Where
-    settings: dict[str, Any]
-    fingerprint: str
-    made_from: dict[str, Any]
-    kept_since: str = ""
-    is_update: bool = False
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What is written down when the stage begins."""
-        return {"settings": self.settings, "made_from": self.made_from}
 
 
 def _dump(section: Any) -> dict[str, Any]:
@@ -107,8 +71,11 @@ def _dump(section: Any) -> dict[str, Any]:
 class StageList:
     """The stages that a configuration's methods need, in order; built once a run."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, sources: Sequence[dict[str, Any]] | None = None) -> None:
         """Reads the input files' digests.
+
+        Args:
+            sources: stand for what the input files are, for comparisons of settings; then no file of data is read.
 
         Raises:
             UserError: where data or base cannot be found, or settings changed that `user.only_changed` holds fixed.
@@ -119,7 +86,7 @@ class StageList:
         self._order = ""  # which user has which index; the same for all stages
         self.stages: list[Stage] = []
         needs = needs_of(config)
-        self._inputs()
+        self._inputs(sources)
         for lane in needs.lanes:
             self._add_lane(lane)
         self._add_evaluation()
@@ -156,12 +123,15 @@ class StageList:
         return iter(self.stages)
 
     @property
-    def data_digest(self) -> str:
-        """Of the data that the run reads, wherever it lies and however it is prepared."""
-        prepared = self.of("prepare")
-        if not prepared:
-            return self._prints["prepared"]
-        return digest_of([source["files"] for source in prepared[0].settings["sources"]])
+    def test_data(self) -> list[TestData]:
+        """The data sets that the run reads, wherever they lie and however they are prepared."""
+        prepared, given = self.of("prepare"), self._config.data.prepared
+        if prepared:
+            sources, folders = prepared[0].settings["sources"], list[Path]()
+        else:
+            assert given is not None
+            sources, folders = Manifest.read(Path(given)).sources, [Path(given)]
+        return [TestData.of(source["path"], source["files"], folders) for source in sources]
 
     def of(self, *steps: str) -> list[Stage]:
         """The stages that belong to the given steps, in order."""
@@ -207,18 +177,24 @@ class StageList:
         if marker is not None:
             fingerprint, since = marker["fingerprint"], marker["finished"] if self._kept.data_changed else ""
         self._prints[name] = fingerprint
-        self.stages.append(Stage(name, step, where, settings, fingerprint, made_from, since))
+        earlier = tuple(self._full_name(other, lane) for other in before)
+        self.stages.append(Stage(name, step, where, settings, earlier, fingerprint, made_from, since))
 
     def _print_of(self, name: str, lane: str) -> str:
         """Fingerprint of a stage of the lane, or of one that all lanes share."""
-        return self._prints[name if name in SHARED else in_lane(name, lane)]
+        return self._prints[self._full_name(name, lane)]
 
-    def _inputs(self) -> None:
+    @staticmethod
+    def _full_name(name: str, lane: str) -> str:
+        return name if name in SHARED else in_lane(name, lane)
+
+    def _inputs(self, sources: Sequence[dict[str, Any]] | None) -> None:
         config, data = self._config, self._config.data
         if data.prepared is not None:
             self._prints["prepared"] = self._order = digest_of(_manifest_digest(config))
         else:
-            self._add_prepared(_dump(data) | {"sources": describe_sources(find_sources(data))})
+            found = describe_sources(find_sources(data)) if sources is None else list(sources)
+            self._add_prepared(_dump(data) | {"sources": found})
         if config.base.create is not None:
             self._add(
                 "base",
@@ -269,20 +245,14 @@ class StageList:
         self._order = order
         self._kept.data_changed = bool(self._kept) and self._kept.made_from["prepared"] != fingerprint
         self._prints["prepared"] = fingerprint
-        self.stages.append(Stage("prepared", "prepare", "driver", settings, fingerprint, {"order": order}))
+        self.stages.append(Stage("prepared", "prepare", "driver", settings, (), fingerprint, {"order": order}))
 
     def _is_there(self, name: str, fingerprint: str) -> bool:
         return RunFolder(self._config.output_path).stage(name).is_done(fingerprint)
 
     def _rank_settings(self, section: str) -> dict[str, Any]:
         config = self._config
-        found = _dump(getattr(config, section))
-        # where a global batch is given, how it is dealt to ranks is rounding
-        dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        idle = dealt if found["train_batch_size"] is not None else ("train_batch_size",)
-        for without_effect in (*RUN_ONLY, *idle):
-            found.pop(without_effect, None)
-        return found | {
+        return learned_by(_dump(getattr(config, section))) | {
             "seed": config.seed,
             "dtype": config.base.dtype,
             "optimizer": said_of_optimizer(read_ds_file(config.distributed.deepspeed)),
@@ -309,7 +279,7 @@ class StageList:
 
     def _add_start(self, adapter_set: str, lane: str) -> None:
         """The start depends on how users train from it, but for what says how their work is cut."""
-        user = _dump(self._config.start.for_users(self._config.user))
+        user = _dump(self._config.user_for(adapter_set))
         for name in ("only_changed", "users", "max_history_items", "start", *IDLE):
             user.pop(name, None)
         settings = self._rank_settings("start") | {"user": user}
@@ -320,7 +290,7 @@ class StageList:
     def _add_store(self, adapter_set: str, lane: str) -> None:
         config = self._config
         is_learned = adapter_set in needs_of(config).starts
-        settings = _dump(config.start.for_users(config.user) if is_learned else config.user)
+        settings = _dump(config.user_for(adapter_set))
         settings.pop("only_changed")
         settings.pop("start")  # said by the stages before it
         settings |= {
@@ -351,8 +321,9 @@ class StageList:
         else:
             fingerprint = digest_of(name, settings, list(made_from.values()), begun["fingerprint"])
         self._prints[name] = fingerprint
-        is_update = begun is not None
-        self.stages.append(Stage(name, "user", "fleet", settings, fingerprint, made_from, is_update=is_update))
+        earlier = tuple(self._full_name(other, lane) for other in [*before, "tokens"])
+        made = Stage(name, "user", "fleet", settings, earlier, fingerprint, made_from, is_update=begun is not None)
+        self.stages.append(made)
 
     def _add_evaluation(self) -> None:
         config, evaluation = self._config, self._config.evaluation
@@ -373,7 +344,9 @@ class StageList:
                 self._add(f"predictions/{method.name}", "evaluate", "fleet", settings, method.stages)
         bootstrap = {name: _dump(evaluation)[name] for name in ("num_bootstrap_samples", "confidence")}
         bootstrap["references"] = evaluation.compared_with
-        self._add("report", "report", "driver", bootstrap, [f"predictions/{method.name}" for method in methods])
+        raw = _dump(config)
+        told = bootstrap | {"configuration": configuration_digest(raw), "chosen_by": raw["chosen_by"]}
+        self._add("report", "report", "driver", told, [f"predictions/{method.name}" for method in methods])
 
 
 def _text(settings: dict[str, Any]) -> dict[str, Any]:
@@ -382,8 +355,6 @@ def _text(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _manifest_digest(config: RunConfig) -> Any:
-    from pathlib import Path
-
     assert config.data.prepared is not None
     manifest = Manifest.read(Path(config.data.prepared))
     return [[shard.digest for shard in manifest.shards], [asdict(task) for task in manifest.tasks.values()]]
@@ -391,6 +362,4 @@ def _manifest_digest(config: RunConfig) -> Any:
 
 def prepared_path(config: RunConfig) -> Path:
     """Where the run's prepared data is."""
-    from pathlib import Path
-
     return Path(config.data.prepared) if config.data.prepared else config.output_path / "prepared"

@@ -1,7 +1,8 @@
 """Results that one run of a study takes over from another instead of making them again.
 
 Same name and same fingerprint mean: made from the same data by the same settings and code paths, so the same bits would
-come out. `runner.py` and `sweep.py` call `adopt` before a run starts.
+come out, but for rounding on other workers; so what is taken over always stands on the very results it was made from.
+`runner.py` and `sweep.py` call `adopt` before a run starts.
 
 Files are copied, never linked: a run rewrites, compacts and forgets within its own folder, some of it in place, and
 that must not reach into another run unnoticed. The copy is made beside its place and gets its name, marker included,
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from proper_ds.data.forgotten import FORGOTTEN, Forgotten
@@ -23,7 +25,8 @@ from proper_ds.files import sync_folder, write_json_atomic
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import read_events
 from proper_ds.pipeline.roster import keep_roster
-from proper_ds.pipeline.stages import Stage, StageList
+from proper_ds.pipeline.stage import Stage
+from proper_ds.pipeline.stages import StageList
 from proper_ds.run_folder import MARKER, RunFolder, split_lane
 from proper_ds.store.elsewhere import POINTER
 
@@ -34,6 +37,15 @@ FORGETTING = "forgotten"
 """The folder of a run that has forgotten somebody (erasure/forget.py)."""
 COPYING = ".adopted-"
 DTYPE = "dtype.json"
+SAME_ANYWHERE = ("prepare", "tokens")
+"""Steps whose result has the same bits wherever it is made: they read files, and compute nothing in floating point."""
+Identity = tuple[str, str]
+"""One result, however often it was copied: the folder that it was made in, and when it was finished."""
+
+
+def identity_of(marker: Mapping[str, Any], root: Path) -> Identity:
+    """Which result a marker in a run's folder is of."""
+    return str(marker.get("adopted_from", root)), str(marker.get("finished", ""))
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,11 @@ class Donor:
     dtype: str | None = None
     elsewhere: frozenset[str] = frozenset()
 
+    def identity(self, name: str) -> Identity | None:
+        """Which result the run has of a stage, or None where it has none."""
+        marker = self.markers.get(name)
+        return identity_of(marker, self.root) if marker is not None else None
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -58,20 +75,32 @@ class Wanted:
 
     Attributes:
         batch: examples of an optimizer step, for stages on ranks; a fingerprint leaves it to the number of ranks.
+        stands_on: names of all stages behind it whose result may differ in bits, wherever it is made.
     """
 
     name: str
     fingerprint: str
     batch: int | None = None
+    stands_on: frozenset[str] = frozenset()
 
 
-def choose(wanted: Sequence[Wanted], donors: Iterable[Donor], dtype: str | None) -> dict[str, Donor]:
+def choose(
+    wanted: Sequence[Wanted],
+    donors: Iterable[Donor],
+    dtype: str | None,
+    own: Mapping[str, Identity] = MappingProxyType({}),
+) -> dict[str, Donor]:
     """By stage, the first run that has exactly that result and may give it away. Pure.
 
+    A result is given away with what it stands on only: where the run that wants it has a stage behind it of its own
+    making, or will make it, a copy would have been made from another result than the one beside it.
+
     Args:
+        wanted: in the order in which stages are made.
         dtype: the base's type in the run that wants them, or None where it is open; then that of the first donor.
+        own: the results that the run has already.
     """
-    known, found = list(donors), dict[str, Donor]()
+    known, found, held = list(donors), dict[str, Donor](), dict(own)
     for stage in wanted:
         for donor in known:
             marker = donor.markers.get(stage.name)
@@ -82,7 +111,10 @@ def choose(wanted: Sequence[Wanted], donors: Iterable[Donor], dtype: str | None)
                 continue
             if None not in (dtype, donor.dtype) and dtype != donor.dtype:
                 continue
+            if any(name not in held or held[name] != donor.identity(name) for name in stage.stands_on):
+                continue
             found[stage.name], dtype = donor, dtype or donor.dtype
+            held[stage.name] = identity_of(marker, donor.root)
             break
     return found
 
@@ -96,11 +128,13 @@ def adopt(config: RunConfig, stages: StageList, siblings: Iterable[Path]) -> dic
     folder = RunFolder(config.output_path)
     if config.user.only_changed or has_forgotten(folder.root):
         return {}
-    wanted = [_wanted(config, stage) for stage in stages if _is_open(config, folder, stage)]
+    behind = _behind(stages)
+    wanted = [_wanted(config, stage, behind[stage.name]) for stage in stages if _is_open(config, folder, stage)]
     donors = [_donor(root) for root in siblings if root != folder.root and not has_forgotten(root)]
-    chosen = choose(wanted, donors, _dtype_of(folder.root))
+    chosen = choose(wanted, donors, _dtype_of(folder.root), _own(folder, stages))
     if not chosen:
         return {}
+    found, failed = dict[str, Path](), set[str]()
     with folder.locked():
         for leftover in folder.root.glob(f"{COPYING}*"):
             shutil.rmtree(leftover)
@@ -108,12 +142,32 @@ def adopt(config: RunConfig, stages: StageList, siblings: Iterable[Path]) -> dic
             donor = RunFolder(chosen[stage.name].root)
             try:
                 with donor.locked():
-                    if not has_forgotten(donor.root):  # since the choice
-                        _copy(stage, donor, folder)
+                    if has_forgotten(donor.root):  # since the choice
+                        raise UserError(f"{donor.root} has forgotten somebody")
+                    if failed & behind[stage.name]:
+                        raise UserError("so is what it stands on")
+                    _copy(stage, donor, folder)
+                    found[stage.name] = donor.root
             except UserError as error:
                 get_logger().warning("%s is made again: %s", stage.name, error)
-                del chosen[stage.name]
-    return {name: donor.root for name, donor in chosen.items()}
+                failed.add(stage.name)
+    return found
+
+
+def _behind(stages: StageList) -> dict[str, frozenset[str]]:
+    """By stage, all stages behind it, but for those that are the same wherever they are made."""
+    found, same = dict[str, frozenset[str]](), set[str]()
+    for stage in stages:
+        before = [name for name in stage.before if name in found]  # given data and bases are no stages
+        found[stage.name] = frozenset(before).difference(same).union(*(found[name] for name in before))
+        if stage.step in SAME_ANYWHERE:
+            same.add(stage.name)
+    return found
+
+
+def _own(folder: RunFolder, stages: StageList) -> dict[str, Identity]:
+    markers = {stage.name: folder.stage(stage.name).inputs() for stage in stages if stage.is_done(folder)}
+    return {name: identity_of(marker, folder.root) for name, marker in markers.items() if marker is not None}
 
 
 def has_forgotten(root: Path) -> bool:
@@ -122,20 +176,24 @@ def has_forgotten(root: Path) -> bool:
 
 
 def _is_open(config: RunConfig, folder: RunFolder, stage: Stage) -> bool:
-    """Whether the run neither has a stage's result nor has begun it, nor wants it elsewhere."""
-    if stage.is_update or (stage.name.startswith("store/") and config.store.location is not None):
+    """Whether the run neither has a stage's result nor has begun it, nor wants it elsewhere.
+
+    A report is always a run's own: it tells of its configuration and folder.
+    """
+    away = stage.name.startswith("store/") and config.store.location is not None
+    if stage.is_update or stage.step == "report" or away:
         return False
     place = folder.stage(stage.name)
     begun = place.begun()
     return not place.is_done(stage.fingerprint) and (begun is None or begun["fingerprint"] != stage.fingerprint)
 
 
-def _wanted(config: RunConfig, stage: Stage) -> Wanted:
+def _wanted(config: RunConfig, stage: Stage, behind: frozenset[str]) -> Wanted:
     if stage.where != "ranks":
-        return Wanted(stage.name, stage.fingerprint)
+        return Wanted(stage.name, stage.fingerprint, stands_on=behind)
     section = "joint" if split_lane(stage.name)[0].endswith("-joint") else stage.step
     batch = getattr(config, section).global_batch_size(config.distributed.num_ranks)
-    return Wanted(stage.name, stage.fingerprint, batch)
+    return Wanted(stage.name, stage.fingerprint, batch, behind)
 
 
 def _donor(root: Path) -> Donor:
@@ -161,7 +219,7 @@ def _copy(stage: Stage, donor: RunFolder, folder: RunFolder) -> None:
     copy = folder.root / f"{COPYING}{stage.name.replace('/', '-')}"
     shutil.copytree(source.path, copy)
     marker = json.loads((copy / MARKER).read_text(encoding="utf-8"))
-    write_json_atomic(copy / MARKER, marker | {"adopted_from": str(donor.root)})
+    write_json_atomic(copy / MARKER, {"adopted_from": str(donor.root)} | marker)
     _copy_events(stage, donor, folder)
     if not (folder.root / DTYPE).exists() and (donor.root / DTYPE).exists():
         write_json_atomic(folder.root / DTYPE, _dtype_of(donor.root))

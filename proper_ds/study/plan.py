@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from proper_ds.config import RunConfig, absolute, apply_chosen, validate
+from proper_ds.data.manifest import Manifest
 from proper_ds.data.sources import find_sources
 from proper_ds.errors import ConfigError, Problem, ProperError
 from proper_ds.pipeline.plan import skeleton
 from proper_ds.study.config import GENERATED_FOLDER, OWN_KEYS, Changes, StudyConfig, is_name
+from proper_ds.study.effects import same_answers
 from proper_ds.study.merge import dotted_keys, merged, without_model
 
 MAIN = "main"
@@ -88,15 +90,48 @@ def plan_runs(study: StudyConfig, source: str) -> list[PlannedRun]:
                 by_problem.setdefault(str(problem), (problem, []))[1].append(name)
         else:
             planned.append(PlannedRun(task, variant, seed, config))
-    if by_problem:
-        raise ConfigError(source, [_of_runs(problem, names) for problem, names in by_problem.values()])
+    problems = [_of_runs(problem, names) for problem, names in by_problem.values()] + _same_folders(planned)
+    if problems:
+        raise ConfigError(source, problems)
     _check_inputs(planned, source, set(study.generate))
+    if idle := _same_variants(planned):
+        raise ConfigError(source, idle)
     return planned
+
+
+def _same_variants(planned: Sequence[PlannedRun]) -> list[Problem]:
+    """Variants that give the same answers as another, in every task."""
+    by_task: dict[str, dict[str, RunConfig]] = {}
+    for run in planned:
+        by_task.setdefault(run.task, {}).setdefault(run.variant, run.config)
+    same = [
+        {tuple(sorted(pair)) for names in same_answers(configs) for pair in itertools.combinations(names, 2)}
+        for configs in by_task.values()
+    ]
+    wrong = "would give the same answers in all tasks: nothing that differs has an effect"
+    mend = "Remove one, or evaluate a method that depends on what differs."
+    return [Problem(" and ".join(pair), wrong, mend) for pair in sorted(set.intersection(*same))]
 
 
 def folder_of(variant: str, seed: int, seeds: list[int]) -> str:
     """A run's folder below its task's: seeds after the first are named, so that a seed can be added later."""
     return variant if seed == seeds[0] else f"{variant}-{seed}"
+
+
+def _same_folders(planned: Sequence[PlannedRun]) -> list[Problem]:
+    """Runs that would overwrite each other, such as variant `main-42` and the second seed, 42, of `main`."""
+    by_folder: dict[Path, list[PlannedRun]] = {}
+    for run in planned:
+        by_folder.setdefault(run.config.output_path, []).append(run)
+    return [
+        Problem(
+            runs[0].name,
+            "is the folder of " + " and of ".join(f"variant {run.variant}, seed {run.seed}" for run in runs),
+            "Give the variant another name.",
+        )
+        for runs in by_folder.values()
+        if len(runs) > 1
+    ]
 
 
 def _of_runs(problem: Problem, names: list[str]) -> Problem:
@@ -136,6 +171,12 @@ def _check_inputs(planned: list[PlannedRun], source: str, generated: set[str]) -
                 find_sources(data)
             except ProperError as error:
                 problems[key] = Problem(f"{run.task}: data.path", str(error), "Give data_root, or the task its own.")
+        if data.prepared is not None and not data.path and (key := f"prepared {data.prepared}") not in problems:
+            try:
+                Manifest.read(Path(data.prepared))
+            except ProperError as error:
+                mend = "Give the folder that `proper-ds data prepare` wrote."
+                problems[key] = Problem(f"{run.task}: data.prepared", str(error), mend)
         if base.model and base.model not in checked | problems.keys():
             try:
                 skeleton(run.config)

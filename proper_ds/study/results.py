@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from proper_ds.evaluation.compare import verdict
+from proper_ds.evaluation.compare import STANDINGS, verdict
 from proper_ds.study.finished import FinishedRun
 from proper_ds.study.paired import paired_difference
 
@@ -99,11 +99,16 @@ def _methods(
             for method, metrics in (_part_of(run, inner, part) or {"methods": {}})["methods"].items():
                 entries.setdefault(method, {})[run.seed] = metrics[metric]
         for method, by_seed in entries.items():
-            floor = runs[0].report["tasks"][inner]["floor"] if part == WHOLE else None
-            stands = (floor or {"methods": {}})["methods"].get(method)
-            cell = _cell(by_seed) | {"standing": stands["standing"] if stands else None}
+            cell = _cell(by_seed) | {"standing": _standing(runs, inner, method) if part == WHOLE else None}
             found.setdefault(method, {})[name] = cell
     return found
+
+
+def _standing(runs: Sequence[FinishedRun], inner: str, method: str) -> str | None:
+    """How a method stands to the best method without a language model; over several seeds, in the worst of them."""
+    floors = [run.report["tasks"][inner]["floor"] for run in runs]
+    found = {floor["methods"][method]["standing"] for floor in floors if floor and method in floor["methods"]}
+    return next((standing for standing in STANDINGS if standing in found), None)
 
 
 def _cell(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def score_table(results: Results, part: str) -> Table:
     if part == WHOLE and any(column["floor"] for column in results["columns"].values()):
         note += (
             f" {MARKS[BELOW]}: not better than the task's best method without a language model;"
-            f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference."
+            f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference. Of several seeds the"
+            " worst counts."
         )
     return Table(f"Scores over questions, {WHOSE[part]}", ["method", *_titles(results)], rows, note, best)
 
@@ -214,7 +215,10 @@ def run_table(results: Results) -> Table:
         for run in results["runs"]
     ]
     header = ["task", "variant", "seed", "folder", "configuration", "answers", "s"]
-    note = "`proper-ds report verify FOLDER` computes a run's scores again from its answers."
+    note = (
+        "`proper-ds run FOLDER/config.yaml` makes a run again, `proper-ds report verify FOLDER` its scores from its"
+        " answers."
+    )
     return Table("Runs", header, rows, note)
 
 
@@ -237,7 +241,7 @@ def notes_of(results: Results) -> list[str]:
     if results["test_reads"]:
         reads = ", ".join(f"{name}: {count}" for name, count in results["test_reads"].items())
         lines.append(f"Configurations that had read the test users when a run did, itself among them: {reads}.")
-    chosen = sorted({run["chosen_by"]["path"] for run in results["runs"] if run["chosen_by"]})
+    chosen = sorted({choice["path"] for run in results["runs"] for choice in run["chosen_by"]})
     lines += [f"Settings chosen by {path}." for path in chosen]
     cautions = dict.fromkeys(line for run in results["runs"] for line in run["cautions"])
     return lines + [f"Not comparable: {line}" for line in cautions]

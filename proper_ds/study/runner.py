@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from proper_ds.data.generate import generate
 from proper_ds.errors import ConfigError, Problem, ProperError, StudyError, UserError
-from proper_ds.evaluation.test_reads import TEST, TestReads, configuration_hash
+from proper_ds.evaluation.configuration import configuration_hash
+from proper_ds.evaluation.test_reads import TEST, TestReads
 from proper_ds.files import write_json_atomic
 from proper_ds.observe.log import get_logger, log_to_file
 from proper_ds.observe.progress import ProgressView
@@ -102,12 +104,13 @@ def _write_state(
 
 
 def compare(
-    study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressView, again: bool
+    study: StudyConfig, planned: Sequence[PlannedRun], view: ProgressView, again: bool, command: str
 ) -> tuple[list[FinishedRun], list[Failure]]:
     """Do the whole study, tables included, and return what is finished and what failed; a second call finds it done.
 
     Args:
         again: whether test users may be read for other configurations than before.
+        command: the command line, which the tables tell.
 
     Raises:
         UserError: before anything is run, where several configurations would read the same test users.
@@ -131,7 +134,7 @@ def compare(
             adopt(run.config, job.stages, roots)
             job.run()
 
-        return run_all(planned, do, folder, write_results)
+        return run_all(planned, do, folder, partial(write_results, command=command))
 
 
 def raise_for(failures: Sequence[Failure], num_planned: int) -> None:
@@ -149,7 +152,9 @@ def _check_test_reads(planned: Sequence[PlannedRun]) -> None:
     by_task: dict[str, dict[str, str]] = {}
     for run in planned:
         if run.config.evaluation.split == TEST:
-            by_task.setdefault(run.task, {}).setdefault(configuration_hash(run.config), run.name)
+            by_task.setdefault(run.task, {}).setdefault(
+                configuration_hash(run.config.model_dump(mode="json")), run.name
+            )
     problems = [
         Problem(task, f"{' and '.join(runs.values())} would all read its test users", "Keep one, or give --again.")
         for task, runs in by_task.items()

@@ -29,6 +29,7 @@ from proper_ds.files import write_text_atomic
 from proper_ds.fleet.cluster import Cluster, join_environment, ray_cluster
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.progress import ProgressView
+from proper_ds.pipeline.stage import REPORT
 from proper_ds.pipeline.stages import StageList
 from proper_ds.run_folder import RunFolder
 from proper_ds.study.adopt import adopt
@@ -137,9 +138,9 @@ def sweep(config: SweepConfig, trials: Sequence[Trial], view: ProgressView) -> t
 def _done_before(trial: Trial, config: SweepConfig) -> Result | None:
     """The result of a trial whose run is done; None where there is still something to do."""
     folder = RunFolder(trial.config.output_path)
-    if not (folder.root / "report.json").exists():
+    if not (folder.root / REPORT).exists():  # saves reading the data
         return None
-    if not all(folder.stage(stage.name).is_done(stage.fingerprint) for stage in StageList(trial.config)):
+    if not all(stage.is_done(folder) for stage in StageList(trial.config)):
         return None
     return Result(trial, score_of(_report(trial), config.objective), "", 0.0)
 

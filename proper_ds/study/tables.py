@@ -24,9 +24,13 @@ from proper_ds.study.rows import Table, notes_of, tables_of
 NAME = "results"
 
 
-def write_results(runs: Sequence[FinishedRun], folder: Path) -> None:
-    """Write the study's tables from the runs that are finished, which may be some of them, or none."""
-    results = results_of(runs, folder) | {"made_by": "proper-ds compare", "missing": _missing(folder)}
+def write_results(runs: Sequence[FinishedRun], folder: Path, command: str) -> None:
+    """Write the study's tables from the runs that are finished, which may be some of them, or none.
+
+    Args:
+        command: what makes the study again, for its readers.
+    """
+    results = results_of(runs, folder) | {"made_by": command, "missing": _missing(folder)}
     tables = tables_of(results)
     write_text_atomic(folder / f"{NAME}.html", _html(results, tables, _gains(runs, results)))
     write_text_atomic(folder / f"{NAME}.md", _markdown(results, tables))

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proper_ds.config import RunConfig, validate
+from proper_ds.config import RunConfig, apply_chosen, validate
 from proper_ds.errors import ConfigError, Problem, UserError
-from proper_ds.evaluation.test_reads import configuration_hash
+from proper_ds.evaluation.configuration import configuration_hash
 from proper_ds.files import digest_of, seed_of
 from proper_ds.study.config import Objective, Range, SweepConfig
-from proper_ds.study.merge import merged, without_model
+from proper_ds.study.effects import idle_parameters, same_answers
+from proper_ds.study.merge import dotted_keys, merged, without_model
 
 TRIALS = "trials"
 MAX_DRAWS = 1000
@@ -41,7 +42,7 @@ class Trial:
     @property
     def config_hash(self) -> str:
         """Of everything that can change an answer, but the seed."""
-        return configuration_hash(self.config)
+        return configuration_hash(self.config.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -65,31 +66,45 @@ def plan_trials(sweep: SweepConfig, source: str) -> list[Trial]:
     """Every trial with a checked configuration; the same list every time.
 
     Raises:
-        ConfigError: with every problem of every trial; one that many share is told once.
+        ConfigError: with every problem of every trial; one that many share is told once. Parameters without effect
+            on the objective's methods are refused.
     """
     trials: list[Trial] = []
     problems: dict[str, Problem] = {}
     for overrides in points(sweep):
         name = digest_of(overrides)[:10]
-        folder = Path(sweep.output_dir) / TRIALS / name
-        given = merged(sweep.run)
-        if sweep.base is not None:
-            given = without_model(given) | {"base.model": sweep.base}
-        own = {
-            "output_dir": str(folder),
-            "seed": sweep.seed,
-            "evaluation.split": sweep.objective.split,
-            "evaluation.methods": sweep.objective.method,
-        }
         try:
-            trials.append(Trial(name, overrides, validate(merged(given, overrides, own), source)))
+            trials.append(Trial(name, overrides, _config(sweep, name, overrides, source)))
         except ConfigError as error:
             for problem in error.problems:
                 shown = Problem(f"{_values(overrides)}: {problem.key}", problem.wrong, problem.mend)
                 problems.setdefault(str(problem), shown)
+    if not problems:
+        found = idle_parameters([trial.overrides for trial in trials], lambda o: _config(sweep, "compared", o, source))
+        problems = {str(problem): problem for problem in found or _same_trials(trials)}
     if problems:
         raise ConfigError(source, list(problems.values()))
     return trials
+
+
+def _config(sweep: SweepConfig, name: str, overrides: dict[str, Any], source: str) -> RunConfig:
+    given = merged(sweep.run)
+    if sweep.base is not None:
+        given = without_model(given) | {"base.model": sweep.base}
+    own = {
+        "output_dir": str(Path(sweep.output_dir) / TRIALS / name),
+        "seed": sweep.seed,
+        "evaluation.split": sweep.objective.split,
+        "evaluation.methods": sweep.objective.method,
+    }
+    raw = merged(given, overrides, own)
+    return validate(raw, source, apply_chosen(raw, dotted_keys(overrides)))
+
+
+def _same_trials(trials: Sequence[Trial]) -> list[Problem]:
+    same = same_answers({f"{_values(trial.overrides)} ({n + 1})": trial.config for n, trial in enumerate(trials)})
+    wrong = "would give the same answers: what differs has no effect there"
+    return [Problem("parameters", f"{' and '.join(names)} {wrong}", "Keep one of them.") for names in same]
 
 
 def points(sweep: SweepConfig) -> list[dict[str, Any]]:

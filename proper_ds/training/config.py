@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -88,6 +88,24 @@ class RankTraining(OptimSettings):
         return value
 
 
+RUN_ONLY = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "gradient_checkpointing",
+    "max_damaged_share",
+)
+"""Settings of rank stages that say how they run, not what is learned."""
+
+
+def learned_by(section: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stage on ranks, as JSON values, that its result depends on."""
+    # where a global batch is given, how it is dealt to ranks is rounding
+    dealt = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    idle = dealt if section["train_batch_size"] is not None else ("train_batch_size",)
+    return {name: value for name, value in section.items() if name not in (*RUN_ONLY, *idle)}
+
+
 class PackedTraining(RankTraining):
     """A stage on ranks whose rows may hold several examples."""
 
@@ -114,6 +132,7 @@ PROPER_ONLY = {
     "top_k",
     "num_blocks",
     "divide_by_experts",
+    "gate",
     "user_vector",
     "constraint_weight",
     "balance_weight",
@@ -136,6 +155,8 @@ class GroupConfig(PackedTraining):
     parallelism a user's examples go to the rank that owns the block, and no token crosses ranks."""
     divide_by_experts: bool = False
     """`proper` only: multiply the experts' sum by 1/N, as the released code does and the paper does not."""
+    gate: Literal["tokens_and_user", "user"] = "tokens_and_user"
+    """`proper` only: what the user-aware gates depend on; `user` gives a user the same gates at every token."""
     user_vector: Literal["encoder", "table"] = "encoder"
     """`proper` only: made from the user's history, also for users never seen; or a learned row per user."""
     users: Users = "train"
@@ -202,6 +223,15 @@ class UserConfig(OptimSettings):
         return self.rank_by_history[max(least for least in self.rank_by_history if least <= max(1, num_items))]
 
 
+OPTIMISED = (
+    *OptimSettings.model_fields,
+    "per_device_train_batch_size",
+    "min_steps",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
+"""Settings of the user stage that a set of adapters may have of its own: they say how an adapter is optimised, not
+which numbers it has or who has one."""
 REPLACED = ("learning_rate", "num_train_epochs", "min_steps")
 """Settings of the user stage that a learned start has its own of, called `user_...`."""
 

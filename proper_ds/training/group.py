@@ -65,7 +65,7 @@ class GroupStage(RankStage):
         settings = self.settings
         targets = find_targets(lm, settings.lora.target_modules, settings.lora.layers)
         layout = LoraLayout.of(targets, settings.lora)
-        chosen = preset_of(preset, settings.user_vector, settings.divide_by_experts)
+        chosen = preset_of(preset, settings.user_vector, settings.divide_by_experts, settings.gate)
         self._groups = ExpertGroups.make(
             ranks, largest_size(context.config.distributed.expert_parallel_size, ranks.num_ranks)
         )

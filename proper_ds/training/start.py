@@ -187,7 +187,7 @@ class StartStage(RankStage):
         model = PersonalModel(lm, find_targets(lm, names))
         if self._level is not None:
             model.attach_groups(self._level.by_module(), config.group.lora.lora_dropout)
-        user = self.settings.for_users(config.user)
+        user = config.user_for(adapter_set)
         self.module: StartModule = StartModule(model, layout, self.settings, user, self._seed)
 
     @property

@@ -181,7 +181,7 @@ class UsersJob:
         return self._sets[name]
 
     def _level_of(self, context: RunContext, name: str) -> GroupLevel | None:
-        adapter_set = split_lane(name)[0].removeprefix("store/")
+        adapter_set = _set_name(name)
         if adapter_set == "OPPU":
             return None
         if name not in self._levels:
@@ -198,10 +198,11 @@ class UsersJob:
         return UserTask(context.keys[user], examples, vector_U, start_P)
 
     def _learned_start(self, context: RunContext, name: str) -> UserStart | None:
-        if not starts_learned(self._config, name):
+        adapter_set = _set_name(name)
+        if not self._config.starts_learned(adapter_set):
             return None
         if name not in self._learned:
-            self._learned[name] = load_start(context, split_lane(name)[0].removeprefix("store/"))
+            self._learned[name] = load_start(context, adapter_set)
         return self._learned[name]
 
     def _starts(self, name: str, keys: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -210,7 +211,7 @@ class UsersJob:
         With a learned start everybody goes from there: it knows how far a whole history leads, not some items more.
         """
         store = self._sets[name].before
-        is_update = self._sets[name].plan.version > 1 and not starts_learned(self._config, name)
+        is_update = self._sets[name].plan.version > 1 and not self._config.starts_learned(_set_name(name))
         held = [key for key in keys if store.has(key)] if is_update else []
         if not held:
             return {}, {}
@@ -250,7 +251,7 @@ class UsersJob:
         tasks = [self._task(context, user, level, starts.get(context.keys[user])) for user in users]
         counters = Counters()
         start = self._learned_start(context, unit.part)
-        settings = config.user if start is None else config.start.for_users(config.user)
+        settings = config.user_for(_set_name(unit.part))
         results = train_users(self._model, self._layout, tasks, settings, config.seed, counters, start)
         digests = dict(zip((task.key for task in tasks), _digests(context, users), strict=True))
         # without digests: the next update tries these users again
@@ -296,14 +297,14 @@ class UsersJob:
         return kept, num_bytes
 
 
-def starts_learned(config: RunConfig, store: str) -> bool:
-    """Whether the adapters of this set, the stage's full name, start from a learned one."""
-    return split_lane(store)[0].removeprefix("store/") in config.learned_sets
-
-
 def load_start(context: RunContext, adapter_set: str) -> UserStart:
     """The learned start of a set in the context's lane."""
     return UserStart.load(context.stage(f"start/{adapter_set}").path / START)
+
+
+def _set_name(store: str) -> str:
+    """The set, without its lane, of a stage."""
+    return split_lane(store)[0].removeprefix("store/")
 
 
 def _digests(context: RunContext, users: list[int]) -> list[str]:

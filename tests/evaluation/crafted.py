@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import yaml
 
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.tasks import TASKS
 from proper_ds.evaluation.answers import SCHEMA, write_answers
+from proper_ds.evaluation.configuration import configuration_digest
 from proper_ds.evaluation.costs import Work, costs_of
 from proper_ds.evaluation.questions import read_predictions
 from proper_ds.evaluation.results import Scoring, score_tasks
@@ -55,6 +57,13 @@ def ratings(methods, num_users=30, num_questions=3, seed=0):
     return rows
 
 
+CONFIGURATION = {
+    "output_dir": "runs/x",
+    "seed": 41,
+    "population": {"learning_rate": 1e-5, "train_batch_size": None, "save_steps": 100},
+    "evaluation": {"methods": ["base"], "num_tokens_per_batch": 4096},
+    "chosen_by": [],
+}
 PROTOCOL = {
     "name": "user-based",
     "share_of_users_also_in_training": 0.0,
@@ -89,7 +98,7 @@ def write_run(root, rows, references=("OPPU",), task=RATINGS):
     works = {"population": Work(10.0, 1000)} | {f"store/{name}": Work(5.0, 500) for name in names}
     report = scored | {
         "run": "runs/x",
-        "config_digest": "0123",
+        "config_digest": configuration_digest(CONFIGURATION),
         "protocol": PROTOCOL | {"references": list(references)},
         "predictions": write_sums(root, names),
         "prompts": {},
@@ -105,7 +114,8 @@ def write_run(root, rows, references=("OPPU",), task=RATINGS):
         "router_jumps": [],
         "grouping": {},
         "test_reads": 0,
-        "chosen_by": None,
+        "chosen_by": [],
     }
+    (root / "config.yaml").write_text(yaml.safe_dump(CONFIGURATION))
     (root / "report.json").write_text(json.dumps(report), encoding="utf-8")
     return report

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from proper_ds.errors import UserError
 from proper_ds.evaluation import report_rows
@@ -14,7 +15,7 @@ from proper_ds.evaluation.published import OPPU_100, published_for
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
 from proper_ds.evaluation.verify import differences, verify
-from tests.evaluation.crafted import RATINGS, ratings, table, write_run
+from tests.evaluation.crafted import CONFIGURATION, RATINGS, ratings, table, write_run
 
 CHANCES = {"own-habit": 0.3, "words": 0.5, "base": 0.2, "population": 0.52, "OPPU": 0.6, "proper": 0.95}
 
@@ -66,6 +67,24 @@ def test_changed_and_new_files_are_found(run):
 def test_checksums_cannot_be_changed_with_the_predictions(run):
     (run / "predictions.sha256").write_text("")
     assert "predictions.sha256" in verify(run).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"output_dir": "elsewhere"}, None),
+        ({"evaluation": {"methods": ["base"], "num_tokens_per_batch": 512}}, None),
+        ({"seed": 42}, "not the configuration"),
+        ({"evaluation": {"methods": ["base", "OPPU"], "num_tokens_per_batch": 4096}}, "not the configuration"),
+        ({"chosen_by": [{"path": "best.yaml"}]}, "chosen_by is not what"),
+    ],
+)
+def test_a_report_of_another_configuration_is_found(run, changes, said):
+    """`config.yaml` is written when a run begins, the report when it ends."""
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIGURATION | changes))
+    problems = verify(run).problems
+    assert len(problems) == (said is not None)
+    assert said is None or said in problems[0]
 
 
 def test_without_report_or_predictions_there_is_nothing_to_verify(run, tmp_path):

@@ -13,7 +13,7 @@ from proper_ds.errors import AdapterError
 from proper_ds.model.config import LoraSettings
 from proper_ds.model.groups import GroupLevel, GroupSizes
 from proper_ds.model.lora import LoraLayout, ModuleShape
-from proper_ds.model.presets import PRESETS
+from proper_ds.model.presets import PRESETS, preset_of
 from proper_ds.model.routing import Rows, constraint, entropy, imbalance, mean_gates
 
 D, E, N, R_LORA, U = 6, 5, 5, 2, 3
@@ -91,6 +91,34 @@ def test_stage_2_proper_is_one_softmax_of_summed_logits_without_the_factor():
         g = softmax([dot(mixture.router.token[i], x[0, t]) + dot(mixture.router.user[i], z[0]) for i in range(N)])
         assert rows.gates["m"][0, t].tolist() == pytest.approx(g, abs=1e-12)
         assert (out[0, t] - plain_sum(mixture, x[0, t], g, 1.0)).abs().max() < 1e-12
+
+
+def test_gates_by_the_user_alone_are_the_same_at_every_token_and_for_nobody_else():
+    preset = preset_of("proper", "encoder", gate="user")
+    level = GroupLevel(LAYOUT, preset, GroupSizes(N, feature_size=4, user_vector_size=U), 0).double()
+    with_tokens = GroupLevel(LAYOUT, PRESETS["proper"], GroupSizes(N, feature_size=4, user_vector_size=U), 0).double()
+    own, whole = dict(level.named_parameters()), dict(with_tokens.named_parameters())
+    assert {name for name in whole if name not in own} == {"mixtures.m.router.token"}
+    assert all(torch.equal(weight, whole[name]) for name, weight in own.items()), "the rest begins alike"
+    mixture = level.by_module()["m"]
+    x, z = torch.randn(2, 3, D, dtype=torch.float64), torch.randn(2, U, dtype=torch.float64)
+    rows = Rows(user_RU=z, gates={})
+    mixture("m", x, x, None, rows)
+    for user in range(2):
+        g = softmax([dot(mixture.router.user[i], z[user]) for i in range(N)])
+        for t in range(3):
+            assert rows.gates["m"][user, t].tolist() == pytest.approx(g, abs=1e-12)
+    texts = Rows(user_RU=z, gates={}, text_RT=torch.tensor([[0, 1, 1]]))
+    mixture("m", x[:1], x[:1], None, texts)
+    assert torch.equal(texts.gates["m"][0, 1], rows.gates["m"][1, 0])
+    # stage 3.2 adds the user's own LoRA to them
+    level.add_lora_routers(seed=3)
+    router = level.double().by_module()["m"].router
+    router.lora.data.normal_()
+    o = torch.randn(2, 3, E, dtype=torch.float64)
+    gates = router(x, o, Rows(user_RU=z))
+    assert gates.shape == (2, 3, N)
+    assert not torch.allclose(gates[0, 0], gates[0, 1])
 
 
 def test_proper_stage_32_starts_where_31_ended_and_released_does_not():

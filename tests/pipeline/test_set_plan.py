@@ -13,7 +13,7 @@ from proper_ds.config import RunConfig
 from proper_ds.model.lora import LoraLayout, ModuleShape
 from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.run import Run
-from proper_ds.pipeline.stages import Stage
+from proper_ds.pipeline.stage import Stage
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training.set_plan import ensure_plan
 
@@ -28,7 +28,7 @@ def night(tmp_path, monkeypatch):
     run = Run(RunConfig(output_dir=str(tmp_path)), ProgressView(Console(quiet=True)))
 
     def begin(fingerprint, digests, is_update=True):
-        stage = Stage("store/OPPU", "user", "fleet", {}, fingerprint, {}, is_update=is_update)
+        stage = Stage("store/OPPU", "user", "fleet", {}, (), fingerprint, {}, is_update=is_update)
         run._begin(stage)
         held = list(digests.values())
         tokens = SimpleNamespace(num_users=len(held), history_digests=lambda start, stop: held[start:stop])

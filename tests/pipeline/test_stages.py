@@ -84,6 +84,14 @@ def test_user_settings_leave_the_shared_stages_alone(prints):
     assert changed(prints, "user.learning_rate=1") == [name for name in ALL if name.startswith(own)]
 
 
+def test_settings_of_one_set_leave_the_others_alone(prints):
+    own = ("store/OPPU", "predictions/OPPU", "report")
+    given = "adapter_sets={OPPU: {learning_rate: 0.5}}"
+    assert changed(prints, given) == [name for name in ALL if name.startswith(own)]
+    same = prints("user.learning_rate=0.5")["store/OPPU"]
+    assert prints(given)["store/OPPU"] == same, "how it is written down makes no other adapters"
+
+
 def test_router_settings_leave_adapters_alone(prints):
     own = ("router/", "predictions/proper", "report")
     assert changed(prints, "router.learning_rate=1") == [name for name in ALL if name.startswith(own)]
@@ -119,6 +127,14 @@ def test_changed_data_changes_everything(prints):
     outputs.write_text(json.dumps(found))
     after = prints()
     assert [name for name in ALL if before[name] != after[name]] == ALL
+
+
+def test_the_report_is_made_anew_when_what_it_tells_of_the_configuration_is_another(prints):
+    choice = "{path: b.yaml, digest: d, overrides: {seed: SEED}, split: dev, method: OPPU, metric: mae, num_trials: 3}"
+    seed = CONFIG.get("seed", 41)
+    assert changed(prints, f"chosen_by=[{choice.replace('SEED', str(seed))}]") == ["report"]
+    assert changed(prints, "evaluation.references=[base]") == ["report"]
+    assert changed(prints, "evaluation.num_tokens_per_batch=9000") == []
 
 
 LEARNED = "user.start=learned"

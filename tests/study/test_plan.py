@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proper_ds.config import load_config
 from proper_ds.errors import ConfigError
 from proper_ds.study.load import load_study, load_sweep
 from proper_ds.study.merge import merged
@@ -81,6 +82,30 @@ def test_mistakes_in_the_file_are_named(tmp_path, changes, said):
         planned(write_study(tmp_path, **changes))
 
 
+def test_no_two_runs_share_a_folder(tmp_path):
+    variants = {"main": None, "main-2": {"group.lora.r": 8}}
+    assert len(planned(write_study(tmp_path, variants=variants, seeds=[2, 3]))) == 4
+    with pytest.raises(ConfigError, match=r"films/main-2: is the folder of variant main, seed 2 and of variant main-2"):
+        planned(write_study(tmp_path, variants=variants, seeds=[1, 2]))
+
+
+def test_prepared_data_is_looked_for_before_anything_runs(tmp_path):
+    tasks = {"films": None, "books": {"data.prepared": str(tmp_path / "nowhere")}}
+    with pytest.raises(ConfigError, match=r"books: data.prepared: .*nowhere holds no manifest\.json"):
+        planned(write_study(tmp_path, tasks=tasks))
+
+
+def test_variants_that_change_no_answer_are_refused(tmp_path):
+    wrong = r"group.num_experts=3 and main: would give the same answers in all tasks"
+    with pytest.raises(ConfigError, match=wrong):
+        planned(write_study(tmp_path, vary={"group.num_experts": [3, 5]}, tasks={"films": None, "books": None}))
+    with pytest.raises(ConfigError, match="fast and main"):
+        planned(write_study(tmp_path, variants={"main": None, "fast": {"evaluation.num_tokens_per_batch": 512}}))
+    # a task may have what a variant changes
+    tasks = {"films": {"evaluation.ordinal": "median"}, "books": None}
+    assert len(planned(write_study(tmp_path, vary={"evaluation.ordinal": ["median"]}, tasks=tasks))) == 4
+
+
 def test_a_base_for_all_runs_takes_the_place_of_theirs(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
@@ -112,8 +137,8 @@ def test_a_task_takes_what_a_sweep_chose_unless_a_variant_says_otherwise(tmp_pat
     tasks = {"films": {"chosen_by": str(tmp_path / "best.yaml")}, "books": None}
     films, books = planned(write_study(tmp_path, tasks=tasks))
     assert (films.config.group.num_experts, books.config.group.num_experts) == (4, 3)
-    assert films.config.chosen_by.num_trials == 2
-    assert books.config.chosen_by is None
+    assert films.config.chosen_by[0].num_trials == 2
+    assert books.config.chosen_by == []
     with pytest.raises(ConfigError, match=r"films/few: group.num_experts: given besides chosen_by"):
         planned(write_study(tmp_path, tasks=tasks, variants={"few": {"group": {"num_experts": 2}}}))
 
@@ -155,4 +180,24 @@ def test_the_studies_that_come_with_it_are_sound(path, shared_data):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_the_sweeps_that_come_with_it_are_sound(path, shared_data):
     given = [f"run.data.path={shared_data}/movie_rating", f"base={shared_data}/base_models/real-text-3m"]
-    assert plan_trials(load_sweep(path, given), str(path))
+    trials = plan_trials(load_sweep(path, given), str(path))
+    assert (len(trials), trials[0].config.evaluation.split) == (12, "tune"), "every family has the same chance"
+
+
+def test_one_run_takes_the_choices_of_all_shipped_sweeps(tmp_path, shared_data, monkeypatch):
+    monkeypatch.setenv("PROPER_DS_ROOT", str(REPO))
+    given = [f"run.data.path={shared_data}/movie_rating", f"base={shared_data}/base_models/real-text-3m"]
+    paths, chosen = [], {}
+    for path in SWEEPS:
+        trial = plan_trials(load_sweep(path, given), str(path))[-1]
+        best = {"overrides": trial.overrides, "split": "tune", "method": path.stem, "metric": "mae", "num_trials": 12}
+        (tmp_path / path.name).write_text(yaml.safe_dump(best))
+        paths.append(str(tmp_path / path.name))
+        chosen |= trial.overrides
+    run = [f"data.path={shared_data}/movie_rating", f"base.model={shared_data}/base_models/real-text-3m"]
+    config = load_config(REPO / "cluster/runs/fair_cpu.yaml", [*run, f"chosen_by={paths}"])
+    assert [choice.method for choice in config.chosen_by] == [path.stem for path in SWEEPS]
+    assert config.user_for("OPPU").learning_rate == chosen["adapter_sets.OPPU.learning_rate"]
+    assert config.user_for("proper").learning_rate == chosen["adapter_sets.proper.learning_rate"]
+    assert config.user_for("OPPU").learning_rate != config.user_for("proper").learning_rate
+    assert config.evaluation.split == "dev"

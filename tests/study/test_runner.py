@@ -89,11 +89,11 @@ def test_several_configurations_on_test_users_are_refused_before_anything_runs(t
     study = load_study(path)
     runs = plan_runs(study, str(path))
     with pytest.raises(ConfigError, match=r"films: films/main and films/group.num_experts=2 would all read"):
-        compare(study, runs, ProgressView(None), again=False)
+        compare(study, runs, ProgressView(None), again=False, command="")
     assert not (tmp_path / "study").exists()
     seeds = load_study(write_study(tmp_path, seeds=[1, 2], **changes))
     monkeypatch.setattr(runner, "run_all", lambda planned, do, folder, write: ([], []))
-    compare(seeds, plan_runs(seeds, str(path)), ProgressView(None), again=False)
+    compare(seeds, plan_runs(seeds, str(path)), ProgressView(None), again=False, command="")
 
 
 def test_generated_data_is_whole_or_not_there_and_keeps_its_numbers(tmp_path, monkeypatch):

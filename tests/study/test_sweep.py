@@ -83,6 +83,33 @@ def test_mistakes_are_named(tmp_path, changes, said):
         trials_of(write_sweep(tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters", "idle"),
+    [
+        ("population", NUM_EXPERTS, "group.num_experts"),
+        ("OPPU", {"router.learning_rate": [1e-3, 2e-3], "user.learning_rate": [1e-3, 2e-3]}, "router.learning_rate"),
+        ("group", {"evaluation.confidence": [0.9, 0.95]}, "evaluation.confidence"),
+        (["OPPU", "proper"], {"router.learning_rate": [1e-3, 2e-3]}, None),
+        ("RAG", {"recipes.RAG.prompt.num_retrieved": [1, 4]}, None),
+        ("group", {"evaluation.ordinal": ["mode", "median"]}, None),
+    ],
+)
+def test_parameters_without_effect_on_the_objective_are_refused(tmp_path, method, parameters, idle):
+    run = {"base": RUN["base"], "data": {"path": str(tmp_path / "data/films")}}
+    path = write_sweep(tmp_path, run=run, objective={"method": method}, parameters=parameters)
+    if idle is None:
+        assert len(trials_of(path)) == 2
+    else:
+        with pytest.raises(ConfigError, match=rf"parameters\.{idle}: has no effect"):
+            trials_of(path)
+
+
+def test_trials_that_must_give_the_same_answers_are_refused(tmp_path):
+    wrong = r"num_experts=2 \(1\) and group.num_experts=2 \(2\) would give the same answers"
+    with pytest.raises(ConfigError, match=wrong):
+        trials_of(write_sweep(tmp_path, parameters={"group.num_experts": [2, 2, 3]}))
+
+
 def report(value=0.5, other=0.4, metric="accuracy", higher=True):
     tasks = {"films": {"metrics": {metric: higher}}}
     return {
@@ -189,17 +216,68 @@ def test_a_choice_is_followed_and_recorded(chosen, tmp_path):
     config = load_config(chosen)
     assert (config.group.num_experts, config.group.lora.r) == (4, 2)
     assert config.group.lora.lora_alpha == 8
-    assert config.chosen_by.split == "dev"
-    assert config.chosen_by.overrides == {"group.num_experts": 4, "group.lora.r": 2}
+    (choice,) = config.chosen_by
+    assert (choice.split, choice.method, choice.metric, choice.num_trials) == ("dev", "group", "accuracy", 3)
+    assert choice.overrides == {"group.num_experts": 4, "group.lora.r": 2}
     written = tmp_path / "written.yaml"
     written.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (tmp_path / "best.yaml").unlink()
     assert load_config(written) == config, "a written configuration needs the sweep's file no more"
 
 
+def test_a_sweep_may_build_on_what_another_chose(chosen, tmp_path):
+    run = yaml.safe_load(chosen.read_text()) | {"data": {"path": str(tmp_path / "data/films")}}
+    del run["output_dir"]
+    trials = trials_of(write_sweep(tmp_path, run=run, parameters={"group.learning_rate": [1e-3, 2e-3]}))
+    assert [trial.config.group.num_experts for trial in trials] == [4, 4]
+    assert trials[0].config.chosen_by[0].method == "group"
+    with pytest.raises(ConfigError, match=r"group.num_experts: given besides chosen_by"):
+        trials_of(write_sweep(tmp_path, run=run, parameters=NUM_EXPERTS))
+
+
 def test_a_choice_is_not_contradicted_unnoticed(chosen, tmp_path):
     with pytest.raises(ConfigError, match=r"group.num_experts: given besides chosen_by"):
         load_config(chosen, ["group.num_experts=3"])
+    for section in ("group={num_experts: 4}", "group.lora={r: 2}"):
+        with pytest.raises(ConfigError, match=r"group.num_experts|group.lora.r: given besides chosen_by"):
+            load_config(chosen, [section])
     (tmp_path / "best.yaml").write_text("overrides: 3\n")
     with pytest.raises(ConfigError, match=r"Give a best\.yaml"):
         load_config(chosen)
+
+
+def test_a_choice_on_record_is_the_one_that_is_followed(chosen, tmp_path):
+    """Also where the record is all that is left of the sweep: in a configuration that a run wrote down."""
+    raw = load_config(chosen).model_dump(mode="json")
+    written = tmp_path / "written.yaml"
+    written.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"group.lora.r: given besides chosen_by"):
+        load_config(written, ["group.lora.r=8"])
+    raw["group"]["lora"]["r"] = 8
+    written.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"group.lora.r: is not 2, which .*best\.yaml is on record to choose"):
+        load_config(written)
+
+
+def test_several_choices_are_followed_unless_they_contradict_each_other(chosen, tmp_path):
+    run = yaml.safe_load(chosen.read_text())
+    best = {"split": "tune", "method": "OPPU", "metric": "mae", "num_trials": 3}
+
+    def load(**overrides):
+        other = tmp_path / "other.yaml"
+        other.write_text(
+            yaml.safe_dump(best | {"overrides": {key.replace("__", "."): v for key, v in overrides.items()}})
+        )
+        chosen.write_text(yaml.safe_dump(run | {"chosen_by": [str(tmp_path / "best.yaml"), str(other)]}))
+        return load_config(chosen)
+
+    config = load(population__learning_rate=0.5, group__num_experts=4)
+    assert (config.population.learning_rate, config.group.lora.r) == (0.5, 2)
+    assert [(choice.method, choice.split, choice.metric) for choice in config.chosen_by] == [
+        ("group", "dev", "accuracy"),
+        ("OPPU", "tune", "mae"),
+    ]
+    with pytest.raises(ConfigError, match=r"other\.yaml chose group.num_experts: 5, .*best\.yaml chose .* 4"):
+        load(group__num_experts=5)
+    with pytest.raises(ConfigError, match=r"other\.yaml chose group.lora: .*best\.yaml chose group.lora.r: 2"):
+        load(group__lora={"r": 2})

@@ -17,6 +17,7 @@ from proper_ds.study.rows import NOT_RUN, notes_of, tables_of
 from proper_ds.study.tables import write_results
 from tests.evaluation.crafted import PROTOCOL, ratings, write_run
 
+COMMAND = "proper-ds compare some/study.yaml run.user.min_steps=4"
 CHANCES = {"words": 0.5, "population": 0.3, "OPPU": 0.6, "proper": 0.9}
 
 
@@ -40,7 +41,7 @@ def read(folder):
 def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(finish, tmp_path):
     films = finish("films", "main", ratings(CHANCES, 40))
     books = finish("books", "main", ratings({"OPPU": 0.5, "proper": 0.9}, 20, seed=1))
-    write_results([films, books], tmp_path)
+    write_results([films, books], tmp_path, COMMAND)
     results = read(tmp_path)
     assert list(results["columns"]) == ["films", "books"]
     cell = results["methods"]["all"]["proper"]["films"]
@@ -56,6 +57,8 @@ def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(fini
     text = (tmp_path / "results.md").read_text()
     assert f"| **{by_method['proper'][0]}** |" in text
     assert "hash-main" in text
+    assert results["made_by"] == COMMAND
+    assert f"Made by `{COMMAND}` from 2 runs" in text
     assert (tmp_path / "results.html").read_text().count("<svg") >= 3
 
 
@@ -63,7 +66,7 @@ def test_methods_that_learned_from_those_who_are_asked_are_marked(finish, tmp_pa
     run = finish("films", "main", ratings(CHANCES, 20))
     for taught, shown in ((["proper"], "proper †"), ([], "proper")):
         run.report["taught_by_asked"] = taught
-        write_results([run], tmp_path)
+        write_results([run], tmp_path, COMMAND)
         first = tables_of(read(tmp_path))[0]
         assert shown in [row[0] for row in first.rows]
         assert ("†: weights shared by all users" in first.note) == bool(taught)
@@ -100,7 +103,7 @@ def test_every_row_of_every_table_is_as_wide_as_its_header(finish, tmp_path):
 def test_without_any_run_there_is_a_file_that_says_so(tmp_path):
     lines = [{"task": "a", "variant": "main", "seed": 41, "folder": "studies/a/main", "state": "failed"}]
     (tmp_path / "study.json").write_text(json.dumps({"is_partial": True, "runs": lines}))
-    write_results([], tmp_path)
+    write_results([], tmp_path, COMMAND)
     assert read(tmp_path)["missing"] == ["a/main"]
     assert "PARTIAL: a/main" in (tmp_path / "results.md").read_text()
 
@@ -181,7 +184,7 @@ def test_how_well_groups_were_found_and_how_often_test_users_were_read_is_told(f
     agreement = {"adjusted_rand_index": 0.875, "normalized_mutual_information": 0.75}
     about = {"num_users": 5, "num_groups": 2, "num_experts": 4, "strongest": agreement, "k_means": agreement}
     run.report.update(grouping={"proper": about}, test_reads=3)
-    write_results([run], tmp_path)
+    write_results([run], tmp_path, COMMAND)
     text = (tmp_path / "results.md").read_text()
     assert "| films/main | proper | 5 | 2 | 4 | 0.875 | 0.875 | 0.750 |" in text
     assert "films/main: 3" in text
@@ -200,3 +203,14 @@ def test_nothing_cheaper_beats_the_front(points, higher):
     for earlier, later in itertools.pairwise(front):
         assert points[earlier][0] < points[later][0]
         assert sign * points[earlier][1] < sign * points[later][1]
+
+
+def test_of_several_seeds_the_worst_says_how_a_method_stands_to_the_floor(finish, tmp_path):
+    """One lucky seed must not hide that the method is no better than a bag of words."""
+    above, below = CHANCES, CHANCES | {"OPPU": 0.2}
+    runs = [finish("films", "main", ratings(chances, 40), seed) for seed, chances in ((41, above), (42, below))]
+    stands = [run.report["tasks"]["LaMP_3"]["floor"]["methods"]["OPPU"]["standing"] for run in runs]
+    assert stands[0] != stands[1] == "below"
+    results = results_of(runs, tmp_path)
+    assert results["methods"]["all"]["OPPU"]["films"]["standing"] == "below"
+    assert results["methods"]["all"]["proper"]["films"]["standing"] == "above"

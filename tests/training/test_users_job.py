@@ -33,6 +33,7 @@ def job(tmp_path, monkeypatch):
 
     def train(model, layout, tasks, settings, seed, counters, start):
         during()
+        build.settings = settings
         made = [task.start_P + 1 if task.start_P is not None else rows(1)[0] for task in tasks]
         return [UserResult(t.key, row_P, "", [2.0, 1.0], 3) for t, row_P in zip(tasks, made, strict=True)]
 
@@ -48,7 +49,7 @@ def job(tmp_path, monkeypatch):
         np.save(place.path / _file(version), np.ones(4, dtype=bool))
         made = unit_jobs.UsersJob.__new__(unit_jobs.UsersJob)
         tokens = SimpleNamespace(history_digests=lambda start, stop: [f"0{n}" for n in range(start, stop)])
-        config = RunConfig(output_dir=str(tmp_path))
+        config = RunConfig(output_dir=str(tmp_path), adapter_sets={"OPPU": {"min_steps": 7}})
         made._config, context = config, SimpleNamespace(config=config, keys=KEYS, tokens=tokens)
         made._lanes = SimpleNamespace(folder=folder, enter=lambda stage: context)
         made._model = SimpleNamespace(attach_groups=lambda by_module, dropout: None)
@@ -69,6 +70,11 @@ def test_who_was_forgotten_during_training_is_not_stored(job):
     assert not store.history("bob")
     assert store.units() == {UNIT.name}
     assert report["num_users"] == 3
+
+
+def test_a_set_is_trained_with_its_own_settings(job):
+    job(1).run(UNIT)
+    assert job.settings == RunConfig(output_dir="x", user={"min_steps": 7}).user
 
 
 def test_one_damaged_adapter_fails_its_user_alone_and_for_this_night_only(job):

@@ -112,7 +112,7 @@ def _samples(task: TaskManifest, prepared: PreparedData, train_split: str) -> It
 
 
 def _cases(task: TaskManifest, prepared: PreparedData, train_split: str) -> Iterator[Case]:
-    """Answered questions with the history before them: what the weight of the user's own side is chosen on."""
+    """Answered questions with their user's whole history: what the weight of the user's own side is chosen on."""
     for user in _taught(prepared, train_split):
         own = _own_samples(task, user)
         for query in user.queries:

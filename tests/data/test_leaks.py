@@ -74,6 +74,24 @@ def test_lamp_1_looks_at_the_candidates(lamp_folder, tmp_path, candidate, leaks)
         assert run(folder, tmp_path / "out").manifest.splits["train"]["num_queries"] == 1
 
 
+@pytest.mark.parametrize(
+    ("asked", "candidate", "leaks"),
+    [
+        ("the paper: named", "A Cited Work", True),
+        ("The paper; named", "a cited work!", True),
+        ("The paper, named", "Another work", False),  # one of the candidates is always cited by the paper
+        ("Another paper", "A Cited Work", False),  # who cited it once cites it again
+    ],
+)
+def test_lamp_1_looks_at_what_the_asked_paper_cites(lamp_folder, tmp_path, asked, candidate, leaks):
+    """OPPU's items say what a paper cites."""
+    profile = [{"id": "a", "title": "The Paper: Named", "citation": "A cited work", "abstract": "words"}]
+    text = CITE.format(asked, candidate, "Something else")
+    question = {"id": "1", "user_id": "u", "input": text, "profile": profile}
+    folder = lamp_folder([question], [{"id": "1", "output": "[1]"}], task="LaMP_1")
+    assert run(folder, tmp_path / "out", leaks="set_aside").manifest.set_aside.get("leak", 0) == leaks
+
+
 def test_time_based_split_teaches_old_questions_as_history(lamp_folder, tmp_path):
     """The later profile holds the earlier question's item: no leak, but the question must not be taught twice."""
     early = [{"id": "a", "text": "first", "score": "1", "date": "2020"}]
@@ -136,7 +154,7 @@ def near_copy(lamp_folder, text, own, folder="lamp"):
         (LONG + " tonight", True),
         (LONG.upper().replace(" ", ", "), True),
         ("He wrote: " + LONG + " and much more followed that nobody had quoted before", True),
-        (" ".join(LONG.split()[:11]), False),  # twelve words are the least that is compared
+        (" ".join(LONG.split()[:11]), False),  # twelve words are the least of which parts are compared
         (" ".join(reversed(LONG.split())), False),
         (LONG.replace("brown", "red").replace("seven", "two"), False),  # some runs differ: a likeness, not a copy
     ],
@@ -151,6 +169,15 @@ def test_near_copies_are_refused_set_aside_or_allowed(lamp_folder, tmp_path, own
     if near:
         with pytest.raises(DataError, match=r"1 question with a near copy in the same user's history[\s\S]*\(id 1\)"):
             run(folder, tmp_path / "refused", near_duplicates="refuse")
+
+
+@pytest.mark.parametrize(
+    ("own", "near"), [("Deep Learning: a survey", 1), ("Deep Learning: a study", 0), ("Deep, learning", 0)]
+)
+def test_punctuation_makes_no_other_text(lamp_folder, tmp_path, own, near):
+    question = "deep learning - a survey." if len(own) > 20 else "deep learning"
+    manifest = run(near_copy(lamp_folder, question, own), tmp_path / "out").manifest
+    assert manifest.set_aside.get("near_duplicate", 0) == near
 
 
 def test_a_near_copy_of_the_gold_is_found_and_a_strangers_is_none(lamp_folder, tmp_path):

@@ -72,6 +72,15 @@ def test_labels(tmp_path):
     ]
 
 
+def test_answers_are_gathered_in_parts_and_stay_in_order(tmp_path, monkeypatch):
+    prepared = population(tmp_path / "in", DEV)
+    whole = predict_floors(prepared, "dev", "train", list(FLOORS), 1, 1000)
+    monkeypatch.setattr("proper_ds.evaluation.floors.ROWS_AT_ONCE", 3)
+    parts = predict_floors(prepared, "dev", "train", list(FLOORS), 1, 1000)
+    assert parts.equals(whole) and parts.column("user").num_chunks == 2 * len(FLOORS)
+    assert whole.column("method").to_pylist() == [method for method in FLOORS for _ in DEV]
+
+
 def test_no_gold_and_no_other_user_is_looked_at(tmp_path):
     before = answers(population(tmp_path / "a", DEV))
     others = [{**row, "answer": "land"} for row in DEV[:1]]

@@ -95,10 +95,13 @@ class PromptEncoder:
             )
         return head[:room] + self._suffix, max(0, len(head) - room)
 
-    def encode(self, text: str, answer: str) -> Encoded:
-        """Prompt and answer of one training pair."""
+    def encode(self, text: str, answer: str, num_reserved: int = 0) -> Encoded:
+        """Prompt and answer of one training pair; the prompt leaves room for `num_reserved` tokens at least.
+
+        What questions reserve: a prompt cut by its own answer's length would tell which answer follows.
+        """
         answer_ids = self.answer_ids(answer)
-        prompt, num_cut = self.prompt_ids(text, len(answer_ids))
+        prompt, num_cut = self.prompt_ids(text, max(num_reserved, len(answer_ids)))
         return Encoded(prompt + answer_ids, len(prompt), num_cut)
 
     def question(self, text: str, num_reserved: int) -> Encoded:

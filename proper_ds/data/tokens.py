@@ -169,15 +169,18 @@ def tokenize(
 def _examples(
     user: User, maker: PromptMaker, encoder: PromptEncoder, room: dict[str, int], train_split: str
 ) -> Iterator[tuple[dict[str, Any], Encoded]]:
+    def reserved(task: str, answer: str) -> int:
+        return max(room[task], len(encoder.answer_ids(answer)))
+
     for position, item in enumerate(user.history):
         row = {"kind": HISTORY, "split": None, "task": item.task, "position": position, "has_answer": True}
-        num_reserved = len(encoder.answer_ids(item.answer))
-        yield row, encoder.encode(maker.history(user, position, num_reserved), item.answer)
+        num = reserved(item.task, item.answer)
+        yield row, encoder.encode(maker.history(user, position, num), item.answer, num)
     for position, query in enumerate(user.queries):
         row = {"kind": QUERY, "split": query.split, "task": query.task, "position": position}
         if query.split == train_split and query.answer is not None:
-            num_reserved = len(encoder.answer_ids(query.answer))
-            yield row | {"has_answer": True}, encoder.encode(maker.query(user, position, num_reserved), query.answer)
+            num = reserved(query.task, query.answer)
+            yield row | {"has_answer": True}, encoder.encode(maker.query(user, position, num), query.answer, num)
         else:
             text = maker.query(user, position, room[query.task])
             yield row | {"has_answer": False}, encoder.question(text, room[query.task])

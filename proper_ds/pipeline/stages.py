@@ -53,6 +53,8 @@ ANSWERING = ("floors", "evaluate")
 """Steps that answer the questions of `evaluation.split`."""
 ENCODER = ("encoder", "encoder_revision", "pooling", "query_prefix")
 """Settings of `pplug` that its embeddings depend on."""
+TOKENS_VERSION = 2
+"""Counts up where the same data makes other prompts than before: 2 cuts them alike whatever their answer."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
 RUN_ONLY = (
@@ -235,6 +237,7 @@ class StageList:
             "prompt_suffix": config.base.prompt_suffix,
             "train_split": config.data.train_split,
             "max_new_tokens": config.evaluation.max_new_tokens,
+            "version": TOKENS_VERSION,
         }
         before = ["prepared", "base"]
         if not recipe.is_plain:

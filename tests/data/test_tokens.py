@@ -43,6 +43,35 @@ def test_prompt_suffix_and_answer_stand_whole_when_the_input_is_cut(tokenizer):
     assert encoder.decode(long.ids[long.num_prompt :]) == "4"
 
 
+@pytest.mark.parametrize("kind", ["history", "query"])
+def test_cut_prompts_are_cut_alike_whatever_their_answer(tokenizer, tmp_path, kind):
+    """Else a model could tell the label by the prompt's length, in training only."""
+    labels, length = ["short", "a label that is a good deal longer than the other"], 80
+    text = "good film " * 80
+    rows = [
+        {
+            "user": f"u{n}",
+            "history": [{"input": text + str(n), "output": label}],
+            "query": f"{n} review of a bad score " * 40,
+            "answer": label,
+            "split": split,
+        }
+        for n, (label, split) in enumerate([(label, split) for label in labels for split in ("train", "dev")])
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    write_json(tmp_path / "info.json", {"labels": labels})
+    config = DataConfig(path=str(tmp_path), task="generic")
+    prepare(config, tmp_path / "prepared")
+    prepared = PreparedData(tmp_path / "prepared")
+    tokenize(prepared, PromptEncoder(tokenizer, SUFFIX, length), tmp_path / "tokens", "train", None)
+    data = TokenData(tmp_path / "tokens")
+    found = data.examples_of(0, data.num_examples)
+    wanted = [e for e in found if e.kind == (HISTORY if kind == "history" else QUERY)]
+    assert len(wanted) == 4
+    assert len({e.num_prompt for e in wanted}) == 1
+    assert {e.num_prompt for e in wanted} == {e.num_prompt for e in found if e.kind == QUERY}
+
+
 def test_an_answer_that_does_not_fit_is_refused(tokenizer):
     with pytest.raises(DataError, match=r"answers are never cut: raise base.max_length"):
         PromptEncoder(tokenizer, SUFFIX, max_length=40).encode("x", "good film " * 40)

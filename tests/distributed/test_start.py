@@ -88,7 +88,7 @@ def train_ranks(zero, start, stop, folder):
 
 
 def all_stages(folder):
-    """Each ZeRO stage from scratch, and one in two halves."""
+    """Each ZeRO stage from scratch, and 2 then 0 in two halves."""
     found = [train_ranks(zero, 0, NUM_STEPS, folder / str(zero)) for zero in (0, 2)]
     first, _ = train_ranks(2, 0, 2, folder / "halves")
     second, weights = train_ranks(0, 2, NUM_STEPS, folder / "halves")

@@ -95,6 +95,11 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
         for key, split in wanted.items()
         if split not in manifest.splits
     ]
+    split = config.evaluation.split
+    if evaluates and (num_ahead := manifest.num_users_ahead.get(split, 0)):
+        wrong = f"the histories of {num_ahead} users of split {split!r} hold what later splits know of them"
+        read = f"data.splits=[{config.data.train_split}, {split}], or --split of `proper-ds data prepare`"
+        problems.append(Problem("evaluation.split", wrong, f"Read the data without what comes after {split}: {read}."))
     if problems:
         raise ConfigError("data", problems)
     lm = skeleton(config)

@@ -230,5 +230,5 @@ def test_time_based_lamp_files(lamp_folder, tmp_path):
     data = run(folder, tmp_path / "out")
     (user,) = data.users()
     assert [item.time for item in user.history] == ["2013-01-01", "2014-01-01"]
-    assert [query.split for query in user.queries] == ["dev"]
+    assert [(query.split, query.answer) for query in user.queries] == [("train", None), ("dev", "Three")]
     assert (data.manifest.set_aside["queries_now_history"], data.manifest.num_before_history) == (1, 0)

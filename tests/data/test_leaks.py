@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proper_ds.config import RunConfig
 from proper_ds.data.config import DataConfig
 from proper_ds.data.leaks import MIN_SHINGLES, SHINGLE_WORDS, LeakGuard
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
+from proper_ds.data.protocols import hold_out_most_active
 from proper_ds.data.records import HistoryItem
 from proper_ds.data.tasks import TASKS
-from proper_ds.errors import DataError
+from proper_ds.errors import ConfigError, DataError
+from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.pipeline.plan import check_inputs
 
 RATE = "What is the score? review: "
 TITLE = "Generate a title for the following abstract of a paper: "
@@ -101,10 +105,70 @@ def test_time_based_split_teaches_old_questions_as_history(lamp_folder, tmp_path
     data = run(folder, tmp_path / "out")
     (user,) = data.users()
     assert [item.text for item in user.history] == ["first", "second"]
-    assert [q.id for q in user.queries] == ["q2"]
+    assert [(q.id, q.answer) for q in user.queries] == [("q1", None), ("q2", "3")], "q1: a training user, not asked"
     assert data.manifest.set_aside["queries_now_history"] == 1
+    assert data.manifest.num_users_ahead == {}, "the training split may know what later ones do"
     (listed,) = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").open()]
     assert (listed["id"], listed["kind"]) == ("q1", "queries_now_history")
+
+
+def time_based(lamp_folder, grow=True):
+    """LaMP-3 by time: three people ask in train, dev and test, each time with what they rated before."""
+    for split, num in (("train", 2), ("dev", 3), ("test", 4)):
+        questions, golds = [], []
+        for user in "abc":
+            items = [{"id": f"{user}{n}", "text": f"{user} on film {n}", "score": str(n)} for n in range(1, num + 1)]
+            items = [item | {"date": f"2020-01-0{n}"} for n, item in enumerate(items, start=1)]
+            profile = items[:-1] if grow else items[:1]
+            asked = items[-1]
+            questions.append(lamp3(f"{split}-{user}", user, asked["text"], profile) | {"date": asked["date"]})
+            golds.append({"id": f"{split}-{user}", "output": asked["score"]})
+        folder = lamp_folder(questions, None if split == "test" else golds, split, "LaMP_3")
+    return folder
+
+
+def test_people_who_ask_in_every_split_are_read_up_to_the_one_that_is_asked(lamp_folder, tmp_path):
+    folder = time_based(lamp_folder)
+    data = run(folder, tmp_path / "dev", splits=["train", "dev"])
+    for user in data.users():
+        assert [item.time for item in user.history] == ["2020-01-01", "2020-01-02"]
+        assert [(q.split, q.answer) for q in user.queries] == [("train", None), ("dev", "3")]
+    assert data.manifest.set_aside == {"queries_now_history": 3}
+    assert (data.manifest.num_users_ahead, data.manifest.num_before_history) == ({}, 0)
+    data = run(folder, tmp_path / "test")
+    for user in data.users():
+        assert [item.time[-1] for item in user.history] == ["1", "2", "3"]
+        assert [q.split for q in user.queries] == ["train", "test"], "dev's are history by then, and no leaks"
+    assert data.manifest.set_aside == {"queries_now_history": 6}
+
+
+def test_a_history_ahead_of_its_questions_is_not_evaluated(lamp_folder, tmp_path):
+    """Whoever is asked in dev may not know what only the test profiles do, be it the answer or later items."""
+    folder = time_based(lamp_folder)
+    path = folder / "test_questions.json"
+    rows = [row | {"profile": [*row["profile"][:2], item(row)]} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    manifest = run(folder, tmp_path / "out").manifest
+    assert (manifest.num_users_ahead, manifest.splits["dev"]["num_queries"]) == ({"dev": 3}, 3)
+    config = RunConfig(output_dir=str(tmp_path), evaluation=EvaluationConfig(split="dev"))
+    with pytest.raises(
+        ConfigError, match=r"3 users of split 'dev' hold what later splits .*data.splits=\[train, dev\]"
+    ):
+        check_inputs(config, manifest)
+    with pytest.raises(DataError, match="3 users of dev have history from later splits"):
+        hold_out_most_active(PreparedData(tmp_path / "out"), tmp_path / "held", 1)
+
+
+def item(row):
+    return {"id": row["id"], "text": f"a later film of {row['user_id']}", "score": "1", "date": "2020-01-09"}
+
+
+def test_nobody_is_set_apart_for_choices_who_is_evaluated(lamp_folder, tmp_path):
+    folder = time_based(lamp_folder, grow=False)
+    with pytest.raises(DataError, match=r"sets 3 users apart who are asked in another split"):
+        run(folder, tmp_path / "out", tune_share=0.99)
+    manifest = run(folder, tmp_path / "alone", tune_share=0.99, splits=["train"]).manifest
+    assert manifest.splits == {"tune": {"num_users": 3, "num_queries": 3}} and manifest.tune_share == 0.99
 
 
 def test_the_shared_data_sets_have_no_leaks(shared_data, tmp_path):

@@ -181,7 +181,7 @@ def cost_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 COST_LINE = (
     "Seconds are of work: a second on two ranks counts twice, and actors' seconds are added up. Shared is what other"
-    " methods of this report need, too. Bytes a user are what must be kept of each user to answer; "
+    " methods of this report need, too. Bytes a user are what must be kept of a user with history to answer; "
     f"{UNKNOWN}: not known."
 )
 

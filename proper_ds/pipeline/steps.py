@@ -29,7 +29,7 @@ from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
 from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.roster import keep_roster, known_before
-from proper_ds.pipeline.stages import Stage
+from proper_ds.pipeline.stages import NUM_ANCHORS, ROUTER_USERS, Stage
 from proper_ds.run_folder import split_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training import embeddings
@@ -38,7 +38,7 @@ from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
 from proper_ds.training.rank_stage import CHECKPOINT
 from proper_ds.training.selection import num_tokens, users_with_queries
-from proper_ds.training.set_plan import ensure_plan, users_to_train
+from proper_ds.training.set_plan import AlsoNeeded, ensure_plan, users_to_train
 
 if TYPE_CHECKING:
     pass
@@ -198,11 +198,12 @@ class Steps:
     def _users(self, stages: list[Stage]) -> None:
         places = {stage.name: self._folder.stage(stage.name) for stage in stages}
         contexts = {stage.name: self._context_of(stage) for stage in stages}
-        if not any(users_to_train(context).any() for context in contexts.values()):
+        also = {s.name: AlsoNeeded(ROUTER_USERS in s.settings, NUM_ANCHORS in s.settings) for s in stages}
+        if not any(users_to_train(contexts[name], also[name]).any() for name in contexts):
             raise UserError(
                 "step user: no user has history to learn from; check the data, or drop the personal methods"
             )
-        plans = {name: ensure_plan(contexts[name], place) for name, place in places.items()}
+        plans = {name: ensure_plan(contexts[name], place, also[name]) for name, place in places.items()}
         units = [unit for name, plan in plans.items() for unit in self._units(contexts[name], plan.chosen, name)]
         stores = {name: open_store(place.path) for name, place in places.items()}
         done = {name: stores[name].units(plan.version) for name, plan in plans.items()}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.protocols import hold_out_most_active
 from proper_ds.evaluation.config import EvaluationConfig
-from proper_ds.evaluation.methods import METHODS
 from proper_ds.evaluation.protocol import cautions, decoding, is_oppu, name_of, split_protocol, users_of
-from proper_ds.evaluation.state import bytes_per_user
 
 
 @pytest.mark.parametrize(
@@ -91,24 +88,3 @@ def test_oppus_protocol_on_other_data_is_called_so(prepared, tmp_path):
 def test_decoding_in_words():
     assert "median" in decoding(EvaluationConfig(ordinal="median"))
     assert decoding(EvaluationConfig(closed_labels="generate", max_new_tokens=7)) == "greedy, at most 7 new tokens"
-
-
-@dataclass
-class Context:
-    """As much of a RunContext as methods without adapters ask for."""
-
-    prepared: PreparedData
-    lane: str = ""
-    hidden_size: int = 16
-    config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(plora=SimpleNamespace(user_vector_size=8)))
-
-
-def test_bytes_a_user_of_methods_without_adapters(prepared):
-    context = Context(prepared)
-    assert bytes_per_user(context, METHODS["base"]) == 0
-    assert bytes_per_user(context, METHODS["population"]) == 0
-    assert bytes_per_user(context, METHODS["words"]) == 0
-    assert bytes_per_user(context, METHODS["PLoRA"]) == 32
-    assert bytes_per_user(context, METHODS["merged"]) == 128
-    assert bytes_per_user(context, METHODS["RAG"]) > 0
-    assert bytes_per_user(context, METHODS["RAG"]) == bytes_per_user(context, METHODS["own-habit"])

@@ -42,6 +42,8 @@ class Converter:
         """Questions outside the training split with a time before that of some item of the user's history."""
         self.num_users_ahead: Counter[str] = Counter()
         """By split other than the training split, users whose history holds what only later splits' profiles do."""
+        self.num_taught_as_history = 0
+        """Questions of the training split that a later split's history holds."""
         self.num_tuned_elsewhere = 0
         """Users set apart for choices who are asked in another split, too."""
 
@@ -77,6 +79,7 @@ class Converter:
                     if kind != NOW_HISTORY or question.split != self._config.train_split:
                         continue
                     answer = None  # not taught twice, but its user stays one of the training users
+                    self.num_taught_as_history += 1
             name = source.task.name
             split = self._split_of(staged.key, question.split)
             user.queries.append(Query(question.id, split, name, question.input, answer, question.time))

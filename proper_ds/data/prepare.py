@@ -108,6 +108,7 @@ def prepare(
         num_near_duplicates=converter.num_near_duplicates,
         num_before_history=converter.num_before_history,
         num_users_ahead={split: num for split, num in converter.num_users_ahead.items() if num},
+        num_taught_as_history=converter.num_taught_as_history,
         limits={name: getattr(config, name) for name in LIMITS if getattr(config, name) is not None},
         tune_share=config.tune_share,
     )

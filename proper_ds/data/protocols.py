@@ -63,6 +63,7 @@ def hold_out_most_active(prepared: PreparedData, out: Path, num_held_out: int) -
         num_empty=counts.num_empty,
         splits=counts.splits(),
         tune_share=0,
+        num_taught_as_history=0,
         num_held_out=num_held_out,
     )
     manifest.write(out)

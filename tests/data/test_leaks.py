@@ -134,6 +134,11 @@ def test_people_who_ask_in_every_split_are_read_up_to_the_one_that_is_asked(lamp
         assert [item.time for item in user.history] == ["2020-01-01", "2020-01-02"]
         assert [(q.split, q.answer) for q in user.queries] == [("train", None), ("dev", "3")]
     assert data.manifest.set_aside == {"queries_now_history": 3}
+    config = RunConfig(output_dir=str(tmp_path), evaluation=EvaluationConfig(split="dev", methods=["proper", "OPPU"]))
+    with pytest.raises(
+        ConfigError, match=r"router.train_on: learns from questions alone.* Set router.train_on: \[history\]"
+    ):
+        check_inputs(config, data.manifest)
     assert (data.manifest.num_users_ahead, data.manifest.num_before_history) == ({}, 0)
     data = run(folder, tmp_path / "test")
     for user in data.users():

@@ -64,9 +64,16 @@ def _draws(num_users: int, num_samples: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.multinomial(num_users, np.full(num_users, 1 / num_users), size=size).astype(np.float64)
 
 
-def score(metric: Metric, sums: dict[str, np.ndarray], num_samples: int, seed: int) -> Scores:
-    """Score a metric from each user's summed statistics [U, K], by method; users in the same order for all."""
-    sums_UMK = np.stack(list(sums.values()), axis=1)
+def score(
+    metric: Metric, sums: dict[str, np.ndarray], num_samples: int, seed: int, chosen_U: np.ndarray | None = None
+) -> Scores:
+    """Score a metric from each user's summed statistics [U, K], by method; users in the same order for all.
+
+    Args:
+        chosen_U: mask over the users whose scores are asked for; None for all.
+    """
+    chosen = slice(None) if chosen_U is None else np.flatnonzero(chosen_U)
+    sums_UMK = np.stack([sums_UK[chosen] for sums_UK in sums.values()], axis=1)
     num_users, num_methods, width = sums_UMK.shape
     own_UM = metric.user_value(sums_UMK)
     values, means = [], []

@@ -74,8 +74,8 @@ def _entries(scores: Scores, confidence: float) -> dict[str, dict[str, Any]]:
     }
 
 
-Scorer = Callable[[np.ndarray], list[Scores]]
-"""Scores of every metric for the users where the mask [U] is true."""
+Scorer = Callable[[np.ndarray | None], list[Scores]]
+"""Scores of every metric for the users where the mask [U] is true, or for all (None)."""
 
 
 def _scorer(answers: Answers, metrics: Sequence[Metric], scoring: Scoring) -> Scorer:
@@ -88,9 +88,9 @@ def _scorer(answers: Answers, metrics: Sequence[Metric], scoring: Scoring) -> Sc
         for metric in metrics
     }
 
-    def scores_of(metric: Metric, chosen_U: np.ndarray) -> Scores:
-        chosen = {method: sums_UK[chosen_U] for method, sums_UK in sums[metric.name].items()}
-        return score(metric, chosen, scoring.num_bootstrap_samples, seed_of("bootstrap", metric.name))
+    def scores_of(metric: Metric, chosen_U: np.ndarray | None) -> Scores:
+        seed = seed_of("bootstrap", metric.name)
+        return score(metric, sums[metric.name], scoring.num_bootstrap_samples, seed, chosen_U)
 
     return lambda chosen_U: [scores_of(metric, chosen_U) for metric in metrics]
 
@@ -118,7 +118,7 @@ def evaluate_task(task: TaskManifest, answers: Answers, scoring: Scoring) -> dic
     scores_of = _scorer(answers, metrics_of(task), scoring)
     users, first, num_questions_U = np.unique(answers.users, return_index=True, return_counts=True)
     history_U = answers.history[first]
-    whole = scores_of(np.ones(len(users), dtype=bool))
+    whole = scores_of(None)
     result: dict[str, Any] = {"num_questions": len(answers.golds), "num_users": len(users)}
     result |= _part(whole, scoring)
     result["matrix"] = {scores.metric.name: matrix(scores, scoring.confidence) for scores in whole}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from proper_ds.checks import trained_stages
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
@@ -87,15 +88,7 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
     Raises:
         UserError: where the data lacks a split, or the base lacks a targeted module or is too short.
     """
-    has = ", ".join(manifest.splits) or "none"
-    wanted = {"data.train_split": config.data.train_split}
-    if evaluates:
-        wanted["evaluation.split"] = config.evaluation.split
-    problems = [
-        Problem(key, f"the data has no questions of split {split!r}", f"It has {has}.")
-        for key, split in wanted.items()
-        if split not in manifest.splits
-    ]
+    problems = _split_problems(config, manifest, evaluates)
     if problems:
         raise ConfigError("data", problems)
     lm = skeleton(config)
@@ -120,6 +113,31 @@ def check_inputs(config: RunConfig, manifest: Manifest, evaluates: bool = True) 
     if problems:
         raise ConfigError(f"base {config.base.model or 'created here'}", problems)
     return lm
+
+
+def _split_problems(config: RunConfig, manifest: Manifest, evaluates: bool) -> list[Problem]:
+    """Splits that are missing, that histories are ahead of, or that hold nothing which a stage could learn from."""
+    train, asked = config.data.train_split, config.evaluation.split
+    has = ", ".join(manifest.splits) or "none"
+    wanted = {"data.train_split": train} | ({"evaluation.split": asked} if evaluates else {})
+    problems = [
+        Problem(key, f"the data has no questions of split {split!r}", f"It has {has}.")
+        for key, split in wanted.items()
+        if split not in manifest.splits
+    ]
+    if evaluates and (num_ahead := manifest.num_users_ahead.get(asked, 0)):
+        wrong = f"the histories of {num_ahead} users of split {asked!r} hold what later splits know of them"
+        read = f"data.splits=[{train}, {asked}], or --split of `proper-ds data prepare`"
+        problems.append(Problem("evaluation.split", wrong, f"Read the data without what comes after {asked}: {read}."))
+    if 0 < manifest.splits.get(train, {}).get("num_queries", 0) <= manifest.num_taught_as_history:
+        wrong = f"learns from questions alone, and those of split {train!r} are all in later histories"
+        mends = {"start": "Set user.start: fresh."}
+        problems += [
+            Problem(f"{name}.train_on", wrong, mends.get(name, f"Set {name}.train_on: [history]."))
+            for name, stage in trained_stages(config)
+            if stage.train_on == ["queries"]
+        ]
+    return problems
 
 
 @contextmanager

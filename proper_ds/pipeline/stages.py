@@ -57,6 +57,8 @@ ENCODER = ("encoder", "encoder_revision", "pooling", "query_prefix")
 """Settings of `pplug` that its embeddings depend on."""
 TOKENS_VERSION = 2
 """Counts up where the same data makes other prompts than before: 2 cuts them alike whatever their answer."""
+ROUTER_USERS, NUM_ANCHORS = "router_users", "num_anchors"
+"""Settings of a set of adapters that has users for these only; `steps.py` chooses its users by them."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
 
@@ -108,7 +110,7 @@ class StageList:
         for preset in needs.starts:
             self._add_start(preset, lane)
         for adapter_set in needs.adapter_sets:
-            self._add_store(adapter_set, lane)
+            self._add_store(adapter_set, needs)
         for preset in needs.routers:
             before = [f"group/{preset}", f"store/{preset}"]
             self._add(f"router/{preset}", "router", "ranks", self._rank_settings("router"), before, lane=lane)
@@ -279,9 +281,9 @@ class StageList:
         settings = self._rank_settings("start") | {"user": user}
         self._add(f"start/{preset}", "start", "ranks", settings, ["population", f"group/{preset}"], lane=lane)
 
-    def _add_store(self, adapter_set: str, lane: str) -> None:
-        config = self._config
-        is_learned = adapter_set in needs_of(config).starts
+    def _add_store(self, adapter_set: str, needs: LaneNeeds) -> None:
+        config, lane = self._config, needs.recipe.lane
+        is_learned = adapter_set in needs.starts
         settings = _dump(config.user_for(adapter_set))
         settings.pop("only_changed")
         settings.pop("start")  # said by the stages before it
@@ -292,13 +294,11 @@ class StageList:
             "num_tokens_per_unit": config.fleet.num_tokens_per_unit,
         }
         if config.user.users == "needed":
-            router = config.router
-            settings |= {
-                "router_users": [router.users, router.max_users],
-                "splits": [config.data.train_split, config.evaluation.split],
-            }
-            if adapter_set == "OPPU" and needs_of(config).merged:
-                settings["num_anchors"] = config.merge.num_anchors
+            settings["splits"] = [config.data.train_split, config.evaluation.split]
+            if adapter_set in (*needs.routers, *needs.joints):
+                settings[ROUTER_USERS] = [config.router.users, config.router.max_users]
+            if adapter_set == "OPPU" and needs.merged:
+                settings[NUM_ANCHORS] = config.merge.num_anchors
         before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
         before += [f"start/{adapter_set}"] if is_learned else []
         name = in_lane(f"store/{adapter_set}", lane)

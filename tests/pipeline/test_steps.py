@@ -29,7 +29,7 @@ def test_each_floor_is_charged_what_it_took(tmp_path, monkeypatch):
     config = RunConfig(output_dir=str(tmp_path))
     context = SimpleNamespace(config=config, folder=RunFolder(tmp_path), prepared=None)
     steps = Steps(context, ProgressView(Console(quiet=True)), lambda: pytest.fail("floors need no Ray"), {})
-    steps.do([Stage(f"predictions/{name}", "floors", "driver", {}, name, {}) for name in took_s])
+    steps.do([Stage(f"predictions/{name}", "floors", "driver", {}, (), name, {}) for name in took_s])
     assert steps.unit_seconds == {f"predictions/{name}": seconds for name, seconds in took_s.items()}
     for name in took_s:
         assert set(read_answers(tmp_path / "predictions" / name).column("method").to_pylist()) == {name}

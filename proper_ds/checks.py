@@ -61,7 +61,7 @@ def _data(config: RunConfig) -> list[Problem]:
         idle = sorted(name for name in data.model_fields_set - used if is_changed(data, name))
         mend = "It belongs to `proper-ds data prepare`; remove it here."
         problems += [Problem(f"data.{name}", "has no effect on prepared data", mend) for name in idle]
-    taught = [name for name, stage in _trained_stages(config) if "queries" in stage.train_on]
+    taught = [name for name, stage in trained_stages(config) if "queries" in stage.train_on]
     if data.train_split == config.evaluation.split and taught:
         wrong = f"{data.train_split!r} is also data.train_split, whose answers are trained on"
         mend = f"Evaluate on another split, or set `train_on: [history]` in {', '.join(taught)}."
@@ -103,7 +103,7 @@ def _rank_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
     ]
 
 
-def _trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
+def trained_stages(config: RunConfig) -> list[tuple[str, RankTraining]]:
     """Those of the stages on ranks that the methods need."""
     needs = needs_of(config)
     is_needed = {
@@ -367,7 +367,7 @@ def _ranks(distributed: DistributedConfig) -> list[Problem]:
 
 def _deepspeed(config: RunConfig) -> list[Problem]:
     key = "distributed.deepspeed"
-    if not _trained_stages(config):
+    if not trained_stages(config):
         return []
     try:
         raw = read_ds_file(config.distributed.deepspeed)
@@ -380,7 +380,7 @@ def _deepspeed(config: RunConfig) -> list[Problem]:
             "`learned` runs users' own trainings, unlike many on each rank, through the whole base: not under ZeRO 3"
         )
         found["user.start"] = Problem("user.start", wrong, "Use a file of a lower ZeRO stage, or `user.start: fresh`.")
-    for name, stage in _trained_stages(config):
+    for name, stage in trained_stages(config):
         _, problems = resolve_ds(raw, name, stage, config.distributed.num_ranks, bf16)
         for problem in problems:
             found.setdefault(problem.key, problem)

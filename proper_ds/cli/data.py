@@ -27,6 +27,9 @@ def prepare(
     format: Annotated[str, typer.Option(help="auto, lamp, jsonl, parquet, or a benchmark's.")] = "auto",
     task: Annotated[str | None, typer.Option(help="LaMP_1 .. LaMP_7 or generic, where the data does not say.")] = None,
     train_split: Annotated[str, typer.Option(help="The split that stages learn from.")] = "train",
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", help="Read only this split; give it once for each.")
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Set bad records aside instead of refusing.")] = False,
     skip_leaks: Annotated[bool, typer.Option("--skip-leaks", help="Set leaking questions aside, too.")] = False,
     near_duplicates: Annotated[
@@ -52,6 +55,7 @@ def prepare(
                 "format": format,
                 "task": task,
                 "train_split": train_split,
+                "splits": splits,
                 "bad_records": "set_aside" if skip_bad else "refuse",
                 "leaks": "set_aside" if skip_leaks else "refuse",
                 "near_duplicates": near_duplicates,

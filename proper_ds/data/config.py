@@ -15,7 +15,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list)]
+Names = Annotated[list[str], BeforeValidator(_as_list)]
 Strictness = Literal["refuse", "set_aside"]
 NearStrictness = Literal["refuse", "set_aside", "allow"]
 TUNE = "tune"
@@ -25,7 +25,7 @@ TUNE = "tune"
 class DataConfig(Section):
     """Input data, or a folder that `proper-ds data prepare` has already written."""
 
-    path: Paths = []
+    path: Names = []
     """Folders or files in LaMP's format, JSONL or Parquet; each is one task. Leave empty when `prepared` is given."""
     prepared: str | None = None
     """A folder written by `proper-ds data prepare`, used as it is."""
@@ -34,6 +34,9 @@ class DataConfig(Section):
     """LaMP_1, LaMP_2M, LaMP_2N, LaMP_3 .. LaMP_7 or `generic`; needed only where the data does not say."""
     train_split: str = "train"
     """Users with questions in this split teach the population and group stages."""
+    splits: Names = []
+    """Read only these splits; all where empty. Where the same people ask in several splits (LaMP's time-based split),
+    the histories of later ones hold the answers to earlier questions: leave out what comes after `evaluation.split`."""
     bad_records: Strictness = "refuse"
     leaks: Strictness = "refuse"
     """What to do with a question whose own item stands in the same user's history."""
@@ -41,7 +44,8 @@ class DataConfig(Section):
     """What to do with a question of which a near copy stands in the same user's history, as question or as answer."""
     tune_share: float = Field(default=0, ge=0, lt=1)
     """This share of the training split's users, chosen by their keys, become split `tune`: choices (epochs, rank, which
-    router) can be made on them, so that dev users are looked at once. Their questions are not trained on."""
+    router) can be made on them, so that dev users are looked at once. Their questions are not trained on. Refused where
+    some of them are asked in another split, too."""
     max_users_per_split: int | None = Field(default=None, ge=1)
     """Use only the first so many users of each split: for trying things out."""
     max_history_items: int | None = Field(default=None, ge=1)

@@ -15,6 +15,8 @@ from proper_ds.data.staging import StagedProfile, StagedUser
 from proper_ds.data.tasks import Task
 from proper_ds.files import seed_of
 
+_ORDER = {"train": 0, "dev": 1, "validation": 1, "test": 2}
+"""Of splits in time, where the same people ask in several; splits of other names are in none."""
 Kept = dict[tuple[int | str, ...], tuple[HistoryItem, set[str]]]
 """History items and the splits in whose profiles they stood, by source, content and number of repeats."""
 
@@ -38,6 +40,12 @@ class Converter:
         """Questions kept although a near copy stands in the user's history, as asked for."""
         self.num_before_history = 0
         """Questions outside the training split with a time before that of some item of the user's history."""
+        self.num_users_ahead: Counter[str] = Counter()
+        """By split other than the training split, users whose history holds what only later splits' profiles do."""
+        self.num_taught_as_history = 0
+        """Questions of the training split that a later split's history holds."""
+        self.num_tuned_elsewhere = 0
+        """Users set apart for choices who are asked in another split, too."""
 
     def convert(self, staged: StagedUser) -> User:
         """The user, with history oldest first."""
@@ -48,6 +56,7 @@ class Converter:
         history = _oldest_first([item for item, _ in items])
         user = User(staged.key, _newest(history, self._config.max_history_items))
         guard = LeakGuard(items)  # of all of them, so that the same questions are kept
+        self._count_splits(staged, items)
         for question in staged.questions:
             source = self._tasks[question.source]
             try:
@@ -61,19 +70,38 @@ class Converter:
             if leak is not None:
                 likeness, what, splits = leak
                 kind = LEAK if likeness == "same" else NEAR
-                if question.split == self._config.train_split and question.split not in splits:
+                if all(self._is_later(split, question.split) for split in splits):
                     kind, what = NOW_HISTORY, "a later split has it in the user's history, where it is taught"
                 if kind == NEAR and self._config.near_duplicates == "allow":
                     self.num_near_duplicates += 1
                 else:
                     self._complaints.add(Complaint(kind, question.file, question.record, question.id, what, staged.key))
-                    continue
+                    if kind != NOW_HISTORY or question.split != self._config.train_split:
+                        continue
+                    answer = None  # not taught twice, but its user stays one of the training users
+                    self.num_taught_as_history += 1
             name = source.task.name
             split = self._split_of(staged.key, question.split)
             user.queries.append(Query(question.id, split, name, question.input, answer, question.time))
             if question.split != self._config.train_split:
                 self.num_before_history += _is_before(question.time, user.history)
+        user.queries.sort(key=lambda query: (query.split != self._config.train_split, query.answer is None))
         return user
+
+    def _count_splits(self, staged: StagedUser, items: list[tuple[HistoryItem, frozenset[str]]]) -> None:
+        """Count, for each split a user is asked in, whether the history is ahead of it."""
+        config, asked = self._config, {question.split for question in staged.questions}
+        self.num_tuned_elsewhere += len(asked) > 1 and self._split_of(staged.key, config.train_split) == TUNE
+        for split in asked - {config.train_split}:
+            self.num_users_ahead[split] += any(
+                all(self._is_later(other, split) for other in splits) for _, splits in items
+            )
+
+    def _is_later(self, split: str, than: str) -> bool:
+        """Whether a split comes after another: the training split is the first, then dev, then test."""
+        if self._config.train_split in (split, than):
+            return split != than == self._config.train_split
+        return split in _ORDER and than in _ORDER and _ORDER[split] > _ORDER[than]
 
     def _split_of(self, user: str, split: str) -> str:
         config = self._config

@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ijson
+
+from proper_ds.data.files import MarkedBytes
 from proper_ds.errors import DataError, FetchError
 from proper_ds.files import write_json_atomic
 
@@ -72,13 +75,16 @@ class Fetcher:
         Raises:
             Missing: where the server has none.
             FetchError: where the connection kept failing; calling again goes on.
-            DataError: where what came is no JSON, or has another checksum than the server's own list says.
+            DataError: where what came is no JSON, or has another checksum than the server's own list says; and where
+                `name` is there, but is another file of the server's.
         """
         path = self._out / name
         if path.exists():
             known = self._fetched.get(name)
             if known is None:
                 raise DataError(f"{path} is there, but was not fetched by this command; move it, or give another --out")
+            if known.get("path") != remote:
+                raise DataError(f"{path} was fetched from {known['url']}, not as {remote}; give another --out")
             if known["sha256"] == _sha256(path):
                 return False
             logging.getLogger("proper_ds").warning("%s is not what was fetched; fetching it again", path)
@@ -96,9 +102,10 @@ class Fetcher:
         part.replace(path)
         _discard(part)
         self._fetched[name] = asdict(version) | {
+            "path": remote,
             "num_bytes": path.stat().st_size,
             "sha256": digest,
-            "checked_by": SUMS if wanted else "size",
+            "checked_by": SUMS if wanted else "size" if version.num_bytes is not None else "end of the JSON",
         }
         write_json_atomic(self._out / RECORD, {"files": self._fetched})
         return True
@@ -118,10 +125,9 @@ class Fetcher:
                 self._pause(pause_s)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
                 continue
-            with part.open("rb") as file:
-                if file.read(64).lstrip()[:1] not in (b"[", b"{"):
-                    _discard(part)
-                    raise DataError(f"{url} brought a page, not JSON: the address, or the mirror's, is wrong")
+            if not _begins_as_json(part):
+                _discard(part)
+                raise DataError(f"{url} brought a page, not JSON: the address, or the mirror's, is wrong")
             return version
 
     def _continue(self, url: str, part: Path, name: str) -> _Version:
@@ -138,7 +144,10 @@ class Fetcher:
             headers |= {"Range": f"bytes={have}-", "If-Range": unchanged}
         try:
             with self._open(url, headers) as response:
-                start = have if response.status == 206 and _start_of(response) == have else 0
+                start = have if response.status == 206 else 0
+                if response.status == 206 and _start_of(response) != have:
+                    _discard(part)  # begin again, and ask for no range
+                    raise http.client.HTTPException(f"another range than that from byte {have:,} came")
                 length = response.headers.get("Content-Length")
                 total = None if length is None else start + int(length)
                 etag = response.headers.get("ETag")
@@ -158,6 +167,8 @@ class Fetcher:
             if done > total:
                 _discard(part)
             raise http.client.HTTPException(f"{done:,} of {total:,} bytes came")
+        if total is None and _begins_as_json(part) and not _ends_as_json(part):
+            raise http.client.HTTPException(f"after {done:,} bytes, whose number was not said, the JSON has no end")
         return version
 
     def _open(self, url: str, headers: dict[str, str]) -> Any:
@@ -171,24 +182,52 @@ class Fetcher:
     def _listed_sums(self) -> dict[str, str]:
         """The server's own checksums by path; none where it has no such list, as the official one has not."""
         if self._sums is None:
-            self._sums = {}
-            try:
-                with self._open(self._base + SUMS, {}) as response:
-                    text = response.read(CHUNK_BYTES).decode("utf-8", "replace")
-            except (Missing, *_TROUBLE) as reason:
-                logging.getLogger("proper_ds").info("no list of checksums: %s", reason)
-                return self._sums
-            for line in text.splitlines():
+            found: dict[str, str] = {}
+            for line in self._read_sums().splitlines():
                 digest, _, path = line.partition(" ")
                 if len(digest) == 64:
-                    self._sums[path.lstrip(" *").removeprefix("./")] = digest.lower()
+                    found[path.lstrip(" *").removeprefix("./")] = digest.lower()
+            self._sums = found
         return self._sums
+
+    def _read_sums(self) -> str:
+        """The text of the server's list, "" where it says that it has none. Raises FetchError where it cannot say."""
+        for number in range(1, MAX_TRIES + 1):
+            try:
+                with self._open(self._base + SUMS, {}) as response:
+                    return str(response.read(CHUNK_BYTES).decode("utf-8", "replace"))
+            except Missing as reason:
+                logging.getLogger("proper_ds").info("no list of checksums: %s", reason)
+                return ""
+            except _TROUBLE as error:
+                if number == MAX_TRIES:
+                    raise FetchError(
+                        f"{self._base}{SUMS}: {error}; what came cannot be checked, run it again"
+                    ) from None
+                self._pause(min(2.0 ** (number - 1), MAX_PAUSE_S))
+        raise AssertionError("unreachable")
 
 
 def _start_of(response: Any) -> int | None:
     """The first byte that a partial answer holds: `Content-Range: bytes 100-199/200`."""
     word = str(response.headers.get("Content-Range", "")).removeprefix("bytes ").partition("-")[0]
     return int(word) if word.isdigit() else None
+
+
+def _begins_as_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip()[:1] in (b"[", b"{")
+
+
+def _ends_as_json(path: Path) -> bool:
+    """Whether a JSON value that begins at the start of the file is closed at its end."""
+    with path.open("rb") as file:
+        try:
+            for _ in ijson.basic_parse(MarkedBytes(file)):
+                pass
+        except ijson.JSONError:
+            return False
+    return True
 
 
 def _version_path(part: Path) -> Path:

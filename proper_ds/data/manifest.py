@@ -101,6 +101,17 @@ class Manifest:
     """Questions kept although a near copy stands in their user's history: data.near_duplicates=allow."""
     num_before_history: int = 0
     """Questions outside the training split that are older than some item of their user's history."""
+    num_users_ahead: dict[str, int] = field(default_factory=dict)
+    """By split other than the training split, users whose history holds what only later splits' profiles do."""
+    num_taught_as_history: int = 0
+    """Questions of the training split that have no answer of their own, because the history holds them."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Settings of `data` that left users or items out, for trying things out: `max_users_per_split`,
+    `max_history_items`."""
+    tune_share: float = 0
+    """See DataConfig."""
+    num_held_out: int = 0
+    """Of `proper-ds data oppu-split`: the most active users, who are asked in split `test`; 0 for all other data."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:

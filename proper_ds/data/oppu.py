@@ -79,22 +79,33 @@ def split_profiles(folder: Path, out: Path) -> int:
     OPPU's lists name nobody: the n-th text belongs to the n-th user of the file beside it.
 
     Raises:
-        DataError: where there are no profiles, or not as many as users.
+        DataError: where there are no profiles, not as many as users, or records without a user or a text.
     """
     lines: list[str] = []
     for users_name, texts_name in PROFILES.items():
         users_file, texts_file = folder / users_name, folder / texts_name
         if users_file.exists() and texts_file.exists():
             complaints: list[Complaint] = []
-            users = [user["user_id"] for _, user in json_records(users_file, "item", complaints.append)]
-            texts = [text["output"] for _, text in json_records(texts_file, "item", complaints.append)]
+            users = _fields(users_file, "user_id", complaints)
+            texts = _fields(texts_file, "output", complaints)
             if complaints:
                 raise DataError(str(complaints[0]))
             if len(users) != len(texts):
                 raise DataError(f"{texts_file} has {len(texts)} texts for the {len(users)} users of {users_file}")
             for user, text in zip(users, texts, strict=True):
-                lines.append(json.dumps({"user": str(user), "profile": text}, ensure_ascii=False) + "\n")
+                lines.append(json.dumps({"user": user, "profile": text}, ensure_ascii=False) + "\n")
     if not lines:
         raise DataError(f"{folder} holds no {' or '.join(sorted(set(PROFILES.values())))} beside OPPU's users")
     write_text_atomic(out, "".join(lines))
     return len(lines)
+
+
+def _fields(file: Path, name: str, complaints: list[Complaint]) -> list[str]:
+    """One field of every record of a file, as text; complains of those that lack it."""
+    found = []
+    for position, record in json_records(file, "item", complaints.append):
+        try:
+            found.append(text_of(checked_record(record), name, "every record of this file needs one"))
+        except BadRecord as reason:
+            complaints.append(Complaint("bad", str(file), position, "", str(reason)))
+    return found

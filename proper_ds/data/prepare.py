@@ -14,7 +14,7 @@ from proper_ds.data.config import DataConfig
 from proper_ds.data.convert import Converter, SourceTask
 from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.instruction import SharedBeginning
-from proper_ds.data.manifest import MANIFEST, Counts, Manifest, TaskManifest
+from proper_ds.data.manifest import MANIFEST, Counts, Manifest, Shard, TaskManifest
 from proper_ds.data.problems import NOW_HISTORY, Complaints
 from proper_ds.data.shards import ShardWriter
 from proper_ds.data.sources import Source, find_sources
@@ -24,6 +24,7 @@ from proper_ds.errors import DataError
 from proper_ds.files import digest_of_file
 
 PROBLEMS_FILE = "problems.jsonl"
+LIMITS = ("max_users_per_split", "max_history_items")
 Progress = Callable[[str, int, int | None], None]
 """Called with (what, done, total or None)."""
 
@@ -79,21 +80,13 @@ def prepare(
         Staging(out / ".staging.sqlite", complaints, config.max_users_per_split, known.forgotten) as staging,
     ):
         staging.seat(known.users)
-        tasks = _stage(sources, staging, complaints, progress, known.instructions)
+        tasks = _stage(sources, staging, complaints, progress, known.instructions, config.splits)
         if config.max_users_per_split is None:
             staging.complain_of_unused_golds()
         converter = Converter(tasks, config, complaints)
-        counts = Counts()
-        with ShardWriter(out, config.num_users_per_shard) as writer:
-            for done, staged in enumerate(staging.users(), start=1):
-                user = converter.convert(staged)
-                if user.history or user.queries or done <= len(known.users):
-                    writer.write(user)
-                    counts.add(user)
-                if done % 200 == 0:
-                    progress("users", done, staging.num_users)
-        progress("users", staging.num_users, staging.num_users)
+        shards, counts = _write_users(staging, converter, out, config.num_users_per_shard, len(known.users), progress)
         _settle(complaints, config, out)
+        _check_tuning(converter.num_tuned_elsewhere, config)
     if counts.num_users == counts.num_empty:
         raise DataError(f"{', '.join(config.path)}: no usable user was found")
     manifest = Manifest(
@@ -103,7 +96,7 @@ def prepare(
             )
             for source, source_task in zip(sources, tasks, strict=True)
         },
-        shards=writer.shards,
+        shards=shards,
         num_users=counts.num_users,
         num_cold_users=counts.num_cold,
         num_history_items=counts.num_items,
@@ -114,10 +107,31 @@ def prepare(
         num_forgotten=staging.num_kept_out,
         num_near_duplicates=converter.num_near_duplicates,
         num_before_history=converter.num_before_history,
+        num_users_ahead={split: num for split, num in converter.num_users_ahead.items() if num},
+        num_taught_as_history=converter.num_taught_as_history,
+        limits={name: getattr(config, name) for name in LIMITS if getattr(config, name) is not None},
+        tune_share=config.tune_share,
     )
     _warn_of_history(manifest)
     manifest.write(out)
     return manifest
+
+
+def _write_users(
+    staging: Staging, converter: Converter, out: Path, num_per_shard: int, num_known: int, progress: Progress
+) -> tuple[list[Shard], Counts]:
+    """Convert everybody into shards; the first `num_known` have a row even where nothing is left of them."""
+    counts = Counts()
+    with ShardWriter(out, num_per_shard) as writer:
+        for done, staged in enumerate(staging.users(), start=1):
+            user = converter.convert(staged)
+            if user.history or user.queries or done <= num_known:
+                writer.write(user)
+                counts.add(user)
+            if done % 200 == 0:
+                progress("users", done, staging.num_users)
+    progress("users", staging.num_users, staging.num_users)
+    return writer.shards, counts
 
 
 def _warn_of_history(manifest: Manifest) -> None:
@@ -128,6 +142,16 @@ def _warn_of_history(manifest: Manifest) -> None:
     if manifest.num_before_history:
         text = "%d questions are older than some item of their user's history, which methods will use to answer them"
         log.warning(text, manifest.num_before_history)
+
+
+def _check_tuning(num_users: int, config: DataConfig) -> None:
+    """Refuse to choose on people who are asked again later: that would be choosing on those who are evaluated."""
+    if num_users:
+        raise DataError(
+            f"data.tune_share sets {num_users} users apart who are asked in another split than {config.train_split!r},"
+            " too, as in a time-based split: choices would be made on people who are evaluated. Leave data.tune_share"
+            f" out, or read data.splits=[{config.train_split}] alone"
+        )
 
 
 def _settle(complaints: Complaints, config: DataConfig, out: Path) -> None:
@@ -145,15 +169,19 @@ def _stage(
     complaints: Complaints,
     progress: Progress,
     instructions: Mapping[str, str],
+    splits: Sequence[str],
 ) -> list[SourceTask]:
     tasks: list[SourceTask] = []
     for index, source in enumerate(sources):
         for done, gold in enumerate(source.read_golds(complaints.add), start=1):
-            staging.add_gold(index, gold)
+            if not splits or gold.split in splits:
+                staging.add_gold(index, gold)
             if done % 1000 == 0:
                 progress(f"gold answers of {source.path.name}", done, None)
         beginning, fields, done = SharedBeginning(), frozenset[str](), 0
         for done, question in enumerate(source.read_questions(complaints.add), start=1):
+            if splits and question.split not in splits:
+                continue
             staging.add_question(index, question, question.split in source.gold_splits)
             if question.has_query and not staging.is_kept_out(question.user):
                 beginning.update(question.input)

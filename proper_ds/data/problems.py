@@ -16,7 +16,7 @@ NUM_SHOWN = 10
 BAD, LEAK, NEAR = "bad", "leak", "near_duplicate"
 """Kinds of complaint that may be refused."""
 NOW_HISTORY = "queries_now_history"
-"""Kind of complaint, never refused: training questions that a later split's history of the same user holds already."""
+"""Kind of complaint, never refused: questions that a later split's history of the same user holds already."""
 
 
 class BadRecord(Exception):  # noqa: N818 - a signal between reader and collector, never shown

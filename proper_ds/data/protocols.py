@@ -25,10 +25,17 @@ def hold_out_most_active(prepared: PreparedData, out: Path, num_held_out: int) -
     of equally long ones, those that come first.
 
     Raises:
-        DataError: where `out` holds prepared data, or not even one more user than asked for has such questions.
+        DataError: where `out` holds prepared data, where histories are ahead of questions, or where not even one more
+            user than asked for has such questions.
     """
     if (out / MANIFEST).exists():
         raise DataError(f"{out} holds prepared data already; give another folder")
+    if prepared.manifest.num_users_ahead:
+        about = ", ".join(f"{num} users of {split}" for split, num in prepared.manifest.num_users_ahead.items())
+        raise DataError(
+            f"{prepared.folder}: {about} have history from later splits, which are ahead of their questions; prepare"
+            " the data again without the later splits (data.splits, --split)"
+        )
     active = (
         (len(user.history), -index)
         for index, user in enumerate(prepared.users())
@@ -55,6 +62,9 @@ def hold_out_most_active(prepared: PreparedData, out: Path, num_held_out: int) -
         num_cold_users=counts.num_cold,
         num_empty=counts.num_empty,
         splits=counts.splits(),
+        tune_share=0,
+        num_taught_as_history=0,
+        num_held_out=num_held_out,
     )
     manifest.write(out)
     return manifest, longest[num_held_out - 1][0]

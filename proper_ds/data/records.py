@@ -29,7 +29,12 @@ class HistoryItem:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One question of a user; `answer` is None where the gold answer is hidden."""
+    """One question of a user.
+
+    Attributes:
+        answer: None where the gold answer is hidden, and where a question of the training split is taught as an item of
+            the history: it then only says that its user is one of those that shared stages learn from.
+    """
 
     id: str
     split: str

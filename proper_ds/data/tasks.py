@@ -96,6 +96,8 @@ CATEGORIES_2N = (
 )  # fmt: skip
 SCORES = ("1", "2", "3", "4", "5")
 CHOICES = ("[1]", "[2]")
+CITED = "citation"
+"""The field of a LaMP-1 history item that names a paper which it cites; only OPPU's data has it."""
 _CLASS = ("accuracy", "f1_macro")
 _ROUGE = ("rouge-1", "rouge-L")
 _LONG = ("rouge-1", "rouge-L", "meteor-stem")
@@ -109,7 +111,7 @@ TASKS = {
             (
                 # A history item has no candidates to choose from. OPPU's data names a cited paper; without one,
                 # LaMP's own per-user baseline learns to write the abstract for the title.
-                Pair("citation", "title", 'paper title: "{}" reference:', instruction=False),
+                Pair(CITED, "title", 'paper title: "{}" reference:', instruction=False),
                 Pair("abstract", "title", 'Write the abstract of the paper with the title "{}".', instruction=False),
             ),
             _CLASS, CHOICES, ("title", "abstract"), 4,
@@ -223,6 +225,12 @@ def candidates(question: str) -> tuple[str, str] | None:
     """The two candidate titles of a LaMP-1 question, or None."""
     found = re.search(r'\[1\]: "(.*)" \[2\]: "(.*)"\s*$', question, flags=re.DOTALL)
     return (found.group(1), found.group(2)) if found else None
+
+
+def asked_title(question: str) -> str:
+    """The title that a LaMP-1 question asks about, or ""."""
+    found = re.search(r'with the title "(.*)", which reference', question, flags=re.DOTALL)
+    return found.group(1) if found else ""
 
 
 def query_text(task: Task, question: str, instruction: str) -> str:

@@ -26,6 +26,8 @@ FLOORS = {
     "words": "a linear bag of words of the question, whoever asks",
     "words+own": "the bag of words with the user's own prior, offset or answer length",
 }
+ROWS_AT_ONCE = 1_000
+"""Answers that are held as Python objects, by method."""
 _KINDS: dict[str, type[Floor]] = {"classification": ClassFloor, "ordinal": RatingFloor, "generation": TextFloor}
 Made = TypeVar("Made")
 
@@ -47,7 +49,13 @@ def predict_floors(
     from proper_ds.evaluation.predict_job import SCHEMA
 
     assert set(methods) <= FLOORS.keys(), methods
-    rows: list[dict[str, object]] = []
+    parts: dict[str, list[pa.Table]] = {method: [] for method in methods}
+    rows: dict[str, list[dict[str, object]]] = {method: [] for method in methods}
+
+    def gather(method: str) -> None:
+        parts[method].append(pa.Table.from_pylist(rows[method], schema=SCHEMA))
+        rows[method] = []
+
     for task in prepared.manifest.tasks.values():
         floor = _fitted(task, prepared, train_split, seed, max_examples)
         for index, user in enumerate(prepared.users()):
@@ -57,7 +65,7 @@ def predict_floors(
                     continue
                 case = Case(own, question_text(task, query.input), answer="")
                 for method in methods:
-                    rows.append(
+                    rows[method].append(
                         {
                             "method": method,
                             "user": index,
@@ -72,9 +80,11 @@ def predict_floors(
                             "num_experts": 0,
                         }
                     )
-    order = {method: position for position, method in enumerate(methods)}
-    rows.sort(key=lambda row: order[str(row["method"])])  # method by method, as the other predictions are
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+                    if len(rows[method]) == ROWS_AT_ONCE:
+                        gather(method)
+    for method in methods:
+        gather(method)
+    return pa.concat_tables(part for method in methods for part in parts[method])  # in order, as other predictions
 
 
 def question_text(task: TaskManifest, question: str) -> str:
@@ -112,7 +122,7 @@ def _samples(task: TaskManifest, prepared: PreparedData, train_split: str) -> It
 
 
 def _cases(task: TaskManifest, prepared: PreparedData, train_split: str) -> Iterator[Case]:
-    """Answered questions with the history before them: what the weight of the user's own side is chosen on."""
+    """Answered questions with their user's whole history: what the weight of the user's own side is chosen on."""
     for user in _taught(prepared, train_split):
         own = _own_samples(task, user)
         for query in user.queries:

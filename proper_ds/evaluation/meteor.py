@@ -6,11 +6,19 @@ machine has it could not be compared. So it is left out everywhere, and `metrics
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
 """Weights of Hugging Face's metric: precision against recall, and the penalty for scattered matches."""
+
+
+_NO_END = "".join(
+    rf"(?<!\b{word}\.)" for word in ("[A-Z]", "al", "Mr", "Ms", "Dr", "vs", "Mrs", "Fig", r"e\.g", r"i\.e")
+)
+_SENTENCE_END = re.compile(rf"""(?:{_NO_END}(?<=[.!?])|(?<=[.!?]["')\]]))\s+(?=["'(\[]*[A-Z0-9])""")
+"""Where one sentence ends and another begins; close to nltk's Punkt, whose model is a download."""
 
 
 class _NoSynonyms:
@@ -28,15 +36,22 @@ def _tools() -> tuple[Any, Any]:
     return NLTKWordTokenizer(), PorterStemmer()
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text as in the Penn treebank, sentence by sentence: else only its last full stop would be parted
+    from the word before it."""
+    tokenizer, _ = _tools()
+    return [word for sentence in _SENTENCE_END.split(text) for word in tokenizer.tokenize(sentence)]
+
+
 def meteor(gold: str, given: str) -> float:
-    """The score in [0, 1] of one answer; words are split as in the Penn treebank, and case does not matter."""
+    """The score in [0, 1] of one answer, over all its sentences; case does not matter."""
     from nltk.translate.meteor_score import single_meteor_score
 
-    tokenizer, stemmer = _tools()
+    _, stemmer = _tools()
     return float(
         single_meteor_score(
-            tokenizer.tokenize(gold),
-            tokenizer.tokenize(given),
+            words_of(gold),
+            words_of(given),
             stemmer=stemmer,
             wordnet=_NoSynonyms(),
             alpha=ALPHA,

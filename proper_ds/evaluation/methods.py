@@ -188,7 +188,8 @@ class LaneNeeds:
     def stages(self, user_vector: Literal["encoder", "table"]) -> list[str]:
         """Full names of the stages of this lane, in order."""
         encoders = any(preset_of(preset, user_vector).user_vector == "encoder" for preset in self.presets)
-        found = ["tokens"]
+        found = ["profiles"] if self.recipe.profile == "model" else []
+        found += ["tokens"]
         found += ["population"] if self.population else []
         found += ["features"] if encoders or self.merged else []
         found += ["embeddings"] if self.pplugs else []

@@ -90,7 +90,7 @@ def learning_curves(events: list[dict[str, Any]]) -> str | None:
 
 
 def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list[str]) -> str | None:
-    """Each method's gain over `rival`, one of the references, with its interval by history length."""
+    """Each method's gain over `rival`, one of the references, by history length, with its interval where it has one."""
     buckets = task["by_history"]
     if not methods or not buckets:
         return None
@@ -102,8 +102,9 @@ def gain_by_history(task: dict[str, Any], metric: str, rival: str, methods: list
             for bucket in buckets
         ]
         gains = [pair["gain"] for pair in found]
-        below = [max(0.0, pair["gain"] - pair["interval"][0]) for pair in found]
-        above = [max(0.0, pair["interval"][1] - pair["gain"]) for pair in found]
+        spans = [pair["interval"] or [pair["gain"], pair["gain"]] for pair in found]
+        below = [max(0.0, gain - low) for gain, (low, _) in zip(gains, spans, strict=True)]
+        above = [max(0.0, high - gain) for gain, (_, high) in zip(gains, spans, strict=True)]
         places = [i + (n - (len(methods) - 1) / 2) * width for i in range(len(buckets))]
         axis.bar(places, gains, width * 0.92, color=colour_of(method), label=method)
         axis.errorbar(places, gains, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)

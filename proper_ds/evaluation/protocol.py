@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from proper_ds.data.config import DataConfig
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.oppu import HELD_OUT
 from proper_ds.data.prepared import PreparedData
@@ -30,10 +29,7 @@ TEST = "test"
 def protocol_of(context: RunContext) -> dict[str, Any]:
     """The `protocol` of report.json: split, kind of split, base, decoding, scoring, and `cautions` for comparisons."""
     evaluation, data = context.config.evaluation, context.config.data
-    trained, asked = users_of(context.prepared, data.train_split), users_of(context.prepared, evaluation.split)
-    name, share = split_protocol(trained, asked)
-    if evaluation.split == TEST and is_oppu(context.prepared.manifest.sources):
-        name = OPPU_100
+    name, share = name_of(context.prepared, data.train_split, evaluation.split)
     found: dict[str, Any] = {
         "name": name,
         "share_of_users_also_in_training": share,
@@ -50,7 +46,17 @@ def protocol_of(context: RunContext) -> dict[str, Any]:
         "num_bootstrap_samples": evaluation.num_bootstrap_samples,
         "references": evaluation.compared_with,
     }
-    return found | {"cautions": cautions(found, context.prepared.manifest, data)}
+    return found | {"cautions": cautions(found, context.prepared.manifest)}
+
+
+def name_of(prepared: PreparedData, train_split: str, split: str) -> tuple[str, float]:
+    """(the protocol's name, the share of users asked in `split` who have questions in training)."""
+    name, share = split_protocol(users_of(prepared, train_split), users_of(prepared, split))
+    if split == TEST and prepared.manifest.num_held_out:
+        name = held_out(prepared.manifest.num_held_out)
+    elif split == TEST and is_oppu(prepared.manifest.sources):
+        name = OPPU_100
+    return name, share
 
 
 def users_of(prepared: PreparedData, split: str) -> np.ndarray:
@@ -83,6 +89,11 @@ def split_protocol(trained: np.ndarray, asked: np.ndarray) -> tuple[str, float]:
     return USER_BASED if share == 0 else TIME_BASED if share == 1 else "mixed", share
 
 
+def held_out(num_users: int) -> str:
+    """The name of OPPU's protocol on other data than OPPU's."""
+    return f"{num_users} most active held out"
+
+
 def is_oppu(sources: list[dict[str, Any]]) -> bool:
     """Whether all data are files of OPPU's, whose test users are the 100 most active."""
     return all({file["name"] for file in source["files"]} & set(HELD_OUT) for source in sources)
@@ -99,22 +110,33 @@ def decoding(evaluation: EvaluationConfig) -> str:
     return f"closed label sets: the likeliest label (ratings: {rating}); free text: {greedy}"
 
 
-def cautions(protocol: dict[str, Any], manifest: Manifest, data: DataConfig) -> list[str]:
+def cautions(protocol: dict[str, Any], manifest: Manifest) -> list[str]:
     """Why the figures must not be put beside published ones as if they were of one experiment."""
     found = ["Published figures are of other bases, mostly 3 to 11 billion parameters, and other code."]
     if protocol["split"] != TEST:
         found.append(f"These are scores on split {protocol['split']}, published ones are on LaMP's hidden test golds.")
-    if protocol["name"] not in (USER_BASED, TIME_BASED, OPPU_100):
+    if protocol["name"] == held_out(manifest.num_held_out):
+        found.append(
+            f"Asked are the {manifest.num_held_out} most active users, as in OPPU's protocol, but of other data."
+        )
+    elif protocol["name"] not in (USER_BASED, TIME_BASED, OPPU_100):
         share = f"{protocol['share_of_users_also_in_training']:.0%}"
         found.append(
             f"The split is neither LaMP's user-based nor its time-based one: {share} of the users asked train."
         )
-    if data.max_users_per_split is not None:
-        about = f"Only the first {data.max_users_per_split} users of each split took part"
+    limits = manifest.limits
+    if "max_users_per_split" in limits:
+        about = f"Only the first {limits['max_users_per_split']} users of each split took part"
         found.append(f"{about} (data.max_users_per_split).")
-    if data.max_history_items is not None:
-        about = f"Of each history only the newest {data.max_history_items} items were used"
+    if "max_history_items" in limits:
+        about = f"Of each history only the newest {limits['max_history_items']} items were used"
         found.append(f"{about} (data.max_history_items).")
+    if manifest.tune_share:
+        found.append(f"{manifest.tune_share:.0%} of the training users were set apart for choices (data.tune_share).")
+    if manifest.num_before_history:
+        found.append(
+            f"{manifest.num_before_history} questions are older than some item of the history they are asked with."
+        )
     own = [name for name, task in manifest.tasks.items() if name not in TASKS or task.lamp_id == "generic"]
     if own:
         found.append(f"{', '.join(own)}: not LaMP's own data.")

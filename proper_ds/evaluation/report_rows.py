@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from proper_ds.evaluation.compare import ABOVE, BELOW, WITHIN
+from proper_ds.evaluation.bootstrap import MIN_USERS
+from proper_ds.evaluation.compare import ABOVE, BELOW, TOO_FEW, WITHIN
 
 TAUGHT = "†"
-MARKS = {BELOW: "▼", WITHIN: "≈", ABOVE: ""}
+MARKS = {BELOW: "▼", WITHIN: "≈", ABOVE: "", None: ""}
 TAUGHT_LINE = "weights shared by all users learned from the histories of users who are asked, too."
 UNKNOWN = "?"
 Pair = dict[str, Any]
@@ -22,8 +23,10 @@ def number(value: float) -> str:
     return f"{value:.3f}"
 
 
-def span(interval: list[float]) -> str:
-    """An interval as it is printed everywhere."""
+def span(interval: list[float] | None) -> str:
+    """An interval as it is printed everywhere; of too few users there is none."""
+    if interval is None:
+        return f"({TOO_FEW})"
     return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
@@ -183,7 +186,7 @@ def cost_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 COST_LINE = (
     "Seconds are of work: a second on two ranks counts twice, and actors' seconds are added up. Shared is what other"
-    " methods of this report need, too. Bytes a user are what must be kept of each user to answer; "
+    " methods of this report need, too. Bytes a user are what must be kept of a user with history to answer; "
     f"{UNKNOWN}: not known."
 )
 
@@ -225,7 +228,7 @@ def protocol_lines(report: dict[str, Any]) -> list[str]:
         f"Answers: {about['decoding']}.",
         f"Values are over questions; intervals are {about['confidence']:.0%} bootstrap intervals over users"
         f" ({about['num_bootstrap_samples']} samples); differences are paired, positive is better. They are not"
-        " corrected for the number of comparisons.",
+        f" corrected for the number of comparisons. Fewer than {MIN_USERS} users have no interval and no verdict.",
         f"Computed from the files in {report['predictions']['file']} under configuration {report['config_digest']};"
         " `proper-ds report verify` computes all scores again.",
     ]

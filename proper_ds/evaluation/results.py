@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from proper_ds.data.manifest import TaskManifest
-from proper_ds.evaluation.bootstrap import Scores, intervals, score
+from proper_ds.evaluation.bootstrap import Scores, score
 from proper_ds.evaluation.compare import against_floor, comparisons, matrix
 from proper_ds.evaluation.config import EvaluationConfig
 from proper_ds.evaluation.history import history_buckets, history_parts
@@ -63,34 +63,36 @@ def user_sums(stats_QK: np.ndarray, users_Q: np.ndarray) -> np.ndarray:
 
 
 def _entries(scores: Scores, confidence: float) -> dict[str, dict[str, Any]]:
-    spans, user_spans = intervals(scores.value_MB, confidence), intervals(scores.user_mean_MB, confidence)
     return {
         method: {
             "value": float(scores.value_M[n]),
-            "interval": spans[:, n].tolist(),
+            "interval": scores.interval(scores.value_MB[n], confidence),
             "user_mean": float(scores.user_mean_M[n]),
-            "user_mean_interval": user_spans[:, n].tolist(),
+            "user_mean_interval": scores.interval(scores.user_mean_MB[n], confidence),
         }
         for n, method in enumerate(scores.methods)
     }
 
 
-Scorer = Callable[[np.ndarray], list[Scores]]
-"""Scores of every metric for the questions where the mask [Q] is true."""
+Scorer = Callable[[np.ndarray | None], list[Scores]]
+"""Scores of every metric for the users where the mask [U] is true, or for all (None)."""
 
 
 def _scorer(answers: Answers, metrics: Sequence[Metric], scoring: Scoring) -> Scorer:
-    stats = {
-        metric.name: {m: statistics(metric, answers.golds, given) for m, given in answers.predictions.items()}
+    """Keeps sums over users, not the statistics of questions, of which there may be many more."""
+    sums = {
+        metric.name: {
+            method: user_sums(statistics(metric, answers.golds, given), answers.users)
+            for method, given in answers.predictions.items()
+        }
         for metric in metrics
     }
 
-    def scores_of(metric: Metric, chosen_Q: np.ndarray) -> Scores:
-        users = answers.users[chosen_Q]
-        sums = {method: user_sums(stats_QK[chosen_Q], users) for method, stats_QK in stats[metric.name].items()}
-        return score(metric, sums, scoring.num_bootstrap_samples, seed_of("bootstrap", metric.name))
+    def scores_of(metric: Metric, chosen_U: np.ndarray | None) -> Scores:
+        seed = seed_of("bootstrap", metric.name)
+        return score(metric, sums[metric.name], scoring.num_bootstrap_samples, seed, chosen_U)
 
-    return lambda chosen_Q: [scores_of(metric, chosen_Q) for metric in metrics]
+    return lambda chosen_U: [scores_of(metric, chosen_U) for metric in metrics]
 
 
 def _part(found: Sequence[Scores], scoring: Scoring) -> dict[str, Any]:
@@ -114,21 +116,22 @@ def evaluate_task(task: TaskManifest, answers: Answers, scoring: Scoring) -> dic
     (`part` says which).
     """
     scores_of = _scorer(answers, metrics_of(task), scoring)
-    whole = scores_of(np.ones(len(answers.golds), dtype=bool))
-    result: dict[str, Any] = {"num_questions": len(answers.golds), "num_users": len(np.unique(answers.users))}
+    users, first, num_questions_U = np.unique(answers.users, return_index=True, return_counts=True)
+    history_U = answers.history[first]
+    whole = scores_of(None)
+    result: dict[str, Any] = {"num_questions": len(answers.golds), "num_users": len(users)}
     result |= _part(whole, scoring)
     result["matrix"] = {scores.metric.name: matrix(scores, scoring.confidence) for scores in whole}
     result["floor"] = against_floor(whole[0], scoring.confidence)
 
     def slice_of(label: str, low: int, high: int) -> dict[str, Any]:
-        chosen = (answers.history >= low) & (answers.history <= high)
-        num_users = len(np.unique(answers.users[chosen]))
-        about = {"history": label, "num_users": num_users, "num_questions": int(chosen.sum())}
-        return about | _part(scores_of(chosen), scoring)
+        chosen_U = (history_U >= low) & (history_U <= high)
+        num_questions = int(num_questions_U[chosen_U].sum())
+        about = {"history": label, "num_users": int(chosen_U.sum()), "num_questions": num_questions}
+        return about | _part(scores_of(chosen_U), scoring)
 
-    history, users = answers.history, answers.users
-    result["by_history"] = [slice_of(*bucket) for bucket in history_buckets(history, users)]
-    result["parts"] = [{"part": name} | slice_of(*bucket) for name, bucket in history_parts(history, users)]
+    result["by_history"] = [slice_of(*bucket) for bucket in history_buckets(history_U, users)]
+    result["parts"] = [{"part": name} | slice_of(*bucket) for name, bucket in history_parts(history_U, users)]
     return result
 
 

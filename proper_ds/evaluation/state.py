@@ -1,4 +1,5 @@
-"""What must be kept of each user so that a method can answer: bytes, averaged over the users. `report.py` calls it."""
+"""What must be kept of each user so that a method can answer: bytes, averaged over users with history, as only of these
+anything is kept. `report.py` calls it."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
 from safetensors import safe_open
 
+from proper_ds.evaluation.kept_texts import floor_bytes, recipe_bytes
 from proper_ds.evaluation.methods import Method
 from proper_ds.model.lora import LoraLayout
 from proper_ds.store.elsewhere import open_store
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
     from proper_ds.training.context import RunContext
 
 _FLOAT_BYTES = 4
-_TEXTS = ("history.list.element.text", "history.list.element.answer")
 
 
 def bytes_per_user(context: RunContext, method: Method) -> float:
-    """Bytes a user of a method's state: adapter, vectors, and the history where it answers with the texts themselves.
+    """Bytes a user of a method's state: adapter, vectors, and of the history what its prompts or counts need.
 
     What all users share is not counted.
     """
     context, total = replace(context, lane=method.lane), 0.0
-    num_users = context.prepared.manifest.num_users
+    manifest = context.prepared.manifest
+    num_users = max(1, manifest.num_users - manifest.num_empty - manifest.num_cold_users)
     if method.kind == "floor":
-        return _history_bytes(context) / num_users if method.name != "words" else 0.0
+        return floor_bytes(context.prepared, method.name)
     if method.kind == "merged":
         return float(_FLOAT_BYTES * 2 * context.hidden_size)  # mean features of the history; the adapters are others'
     if method.kind == "PLoRA":
@@ -43,7 +44,7 @@ def bytes_per_user(context: RunContext, method: Method) -> float:
     if method.preset is not None:
         total += _vector_bytes(context.stage(method.level_stage).path / "level.safetensors")
     if not method.recipe.is_plain:
-        total += _history_bytes(context) / num_users
+        total += recipe_bytes(context, method.recipe)
     return total
 
 
@@ -67,15 +68,4 @@ def _embedding_bytes(folder: Path) -> int:
             for name in ("keys", "values"):
                 rows, width = file.get_slice(name).get_shape()
                 total += _FLOAT_BYTES * rows * width
-    return total
-
-
-def _history_bytes(context: RunContext) -> int:
-    """Bytes of all users' histories as text, by the footers of the prepared files: repeated texts count once."""
-    total = 0
-    for shard in context.prepared.manifest.shards:
-        footer = pq.read_metadata(context.prepared.folder / shard.file)
-        for group in range(footer.num_row_groups):
-            columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
-            total += sum(column.total_uncompressed_size for column in columns if column.path_in_schema in _TEXTS)
     return total

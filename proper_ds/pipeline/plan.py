@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from proper_ds.checks import trained_stages
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
@@ -96,15 +97,7 @@ def check_inputs(config: RunConfig, prepared: PreparedData, evaluates: bool = Tr
             short, or a package is missing.
     """
     manifest, needs = prepared.manifest, needs_of(config)
-    has = ", ".join(manifest.splits) or "none"
-    wanted = {"data.train_split": config.data.train_split}
-    if evaluates:
-        wanted["evaluation.split"] = config.evaluation.split
-    problems = [
-        Problem(key, f"the data has no questions of split {split!r}", f"It has {has}.")
-        for key, split in wanted.items()
-        if split not in manifest.splits
-    ]
+    problems = _split_problems(config, manifest, evaluates)
     if problems:
         raise ConfigError("data", problems)
     if needs.merged:
@@ -148,6 +141,31 @@ def _history_and_splits(prepared: PreparedData, config: RunConfig) -> tuple[np.n
         counts.append(table.column("num_history").to_numpy())
         without.append(pc.list_value_length(table.column("splits")).to_numpy() == 0)
     return np.concatenate(counts), train | np.concatenate(without), asked
+
+
+def _split_problems(config: RunConfig, manifest: Manifest, evaluates: bool) -> list[Problem]:
+    """Splits that are missing, that histories are ahead of, or that hold nothing which a stage could learn from."""
+    train, asked = config.data.train_split, config.evaluation.split
+    has = ", ".join(manifest.splits) or "none"
+    wanted = {"data.train_split": train} | ({"evaluation.split": asked} if evaluates else {})
+    problems = [
+        Problem(key, f"the data has no questions of split {split!r}", f"It has {has}.")
+        for key, split in wanted.items()
+        if split not in manifest.splits
+    ]
+    if evaluates and (num_ahead := manifest.num_users_ahead.get(asked, 0)):
+        wrong = f"the histories of {num_ahead} users of split {asked!r} hold what later splits know of them"
+        read = f"data.splits=[{train}, {asked}], or --split of `proper-ds data prepare`"
+        problems.append(Problem("evaluation.split", wrong, f"Read the data without what comes after {asked}: {read}."))
+    if 0 < manifest.splits.get(train, {}).get("num_queries", 0) <= manifest.num_taught_as_history:
+        wrong = f"learns from questions alone, and those of split {train!r} are all in later histories"
+        mends = {"start": "Set user.start: fresh."}
+        problems += [
+            Problem(f"{name}.train_on", wrong, mends.get(name, f"Set {name}.train_on: [history]."))
+            for name, stage in trained_stages(config)
+            if stage.train_on == ["queries"]
+        ]
+    return problems
 
 
 @contextmanager

@@ -59,6 +59,8 @@ TOKENS_VERSION = 2
 """Counts up where the same data makes other prompts than before: 2 cuts them alike whatever their answer."""
 RECIPES_VERSION = 3
 """The same for prompts by recipe: 3 keeps the items that fit where not all do."""
+ROUTER_USERS, NUM_ANCHORS = "router_users", "num_anchors"
+"""Settings of a set of adapters that has users for these only; `steps.py` chooses its users by them."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
 
@@ -110,7 +112,7 @@ class StageList:
         for adapter_set in needs.starts:
             self._add_start(adapter_set, lane)
         for adapter_set in needs.adapter_sets:
-            self._add_store(adapter_set, lane)
+            self._add_store(adapter_set, needs)
         for preset in needs.routers:
             before = [f"group/{preset}", f"store/{preset}"]
             self._add(f"router/{preset}", "router", "ranks", self._rank_settings("router"), before, lane=lane)
@@ -287,9 +289,9 @@ class StageList:
         before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
         self._add(f"start/{adapter_set}", "start", "ranks", settings, before, lane=lane)
 
-    def _add_store(self, adapter_set: str, lane: str) -> None:
-        config = self._config
-        is_learned = adapter_set in needs_of(config).starts
+    def _add_store(self, adapter_set: str, needs: LaneNeeds) -> None:
+        config, lane = self._config, needs.recipe.lane
+        is_learned = adapter_set in needs.starts
         settings = _dump(config.user_for(adapter_set))
         settings.pop("only_changed")
         settings.pop("start")  # said by the stages before it
@@ -300,13 +302,11 @@ class StageList:
             "num_tokens_per_unit": config.fleet.num_tokens_per_unit,
         }
         if config.user.users == "needed":
-            router = config.router
-            settings |= {
-                "router_users": [router.users, router.max_users],
-                "splits": [config.data.train_split, config.evaluation.split],
-            }
-            if adapter_set == "OPPU" and needs_of(config).merged:
-                settings["num_anchors"] = config.merge.num_anchors
+            settings["splits"] = [config.data.train_split, config.evaluation.split]
+            if adapter_set in (*needs.routers, *needs.joints):
+                settings[ROUTER_USERS] = [config.router.users, config.router.max_users]
+            if adapter_set == "OPPU" and needs.merged:
+                settings[NUM_ANCHORS] = config.merge.num_anchors
         before = ["population"] if adapter_set == "OPPU" else ["population", f"group/{adapter_set}"]
         before += [f"start/{adapter_set}"] if is_learned else []
         name = in_lane(f"store/{adapter_set}", lane)

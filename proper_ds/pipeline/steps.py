@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prompt_maker import maker_for
@@ -30,6 +30,7 @@ from proper_ds.observe.progress import ProgressView, follow_metrics
 from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stage import Stage
+from proper_ds.pipeline.stages import NUM_ANCHORS, ROUTER_USERS
 from proper_ds.run_folder import split_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training import embeddings
@@ -38,7 +39,7 @@ from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
 from proper_ds.training.rank_stage import CHECKPOINT
 from proper_ds.training.selection import num_tokens, users_with_queries
-from proper_ds.training.set_plan import ensure_plan, users_to_train
+from proper_ds.training.set_plan import AlsoNeeded, ensure_plan, users_to_train
 
 if TYPE_CHECKING:
     pass
@@ -59,7 +60,7 @@ class Steps:
     """The work of a run's steps on stages that were begun; the caller commits them.
 
     Attributes:
-        unit_seconds: by stage, what the units of the fleet took its actors in the step done last.
+        unit_seconds: by stage of the step done last, what its units took the actors; of a floor, what it took here.
     """
 
     def __init__(
@@ -205,11 +206,12 @@ class Steps:
     def _users(self, stages: list[Stage]) -> None:
         places = {stage.name: self._folder.stage(stage.name) for stage in stages}
         contexts = {stage.name: self._context_of(stage) for stage in stages}
-        if not any(users_to_train(context).any() for context in contexts.values()):
+        also = {s.name: AlsoNeeded(ROUTER_USERS in s.settings, NUM_ANCHORS in s.settings) for s in stages}
+        if not any(users_to_train(contexts[name], also[name]).any() for name in contexts):
             raise UserError(
                 "step user: no user has history to learn from; check the data, or drop the personal methods"
             )
-        plans = {name: ensure_plan(contexts[name], place) for name, place in places.items()}
+        plans = {name: ensure_plan(contexts[name], place, also[name]) for name, place in places.items()}
         units = [unit for name, plan in plans.items() for unit in self._units(contexts[name], plan.chosen, name)]
         stores = {name: open_store(place.path) for name, place in places.items()}
         done = {name: stores[name].units(plan.version) for name, plan in plans.items()}
@@ -226,17 +228,18 @@ class Steps:
     def _floors(self, stages: list[Stage]) -> None:
         evaluation = self._config.evaluation
         methods = [stage.name.removeprefix("predictions/") for stage in stages]
-        table = predict_floors(
-            self._context.prepared,
-            evaluation.split,
-            self._config.data.train_split,
-            methods,
-            self._config.seed,
-            evaluation.max_floor_examples,
-        )
-        for method in methods:
-            own = table.filter(pc.equal(table.column("method"), method))
-            write_answers(self._folder.stage(f"predictions/{method}").path, "all", own)
+        for method in methods:  # one by one, each with the fits it needs, so that each has its own cost
+            start_s = time.perf_counter()
+            table = predict_floors(
+                self._context.prepared,
+                evaluation.split,
+                self._config.data.train_split,
+                [method],
+                self._config.seed,
+                evaluation.max_floor_examples,
+            )
+            write_answers(self._folder.stage(f"predictions/{method}").path, "all", table)
+            self.unit_seconds[f"predictions/{method}"] = time.perf_counter() - start_s
 
     def _evaluate(self, stages: list[Stage]) -> None:
         lanes = {method.name: method.lane for method in methods_of(self._config)}

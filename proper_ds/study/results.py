@@ -25,7 +25,8 @@ PARTS = (WHOLE, "lower half", "upper half", "cold")
 def results_of(runs: Sequence[FinishedRun], folder: Path) -> dict[str, Any]:
     """Everything that results.json holds.
 
-    Keys: `baseline`, the variant that the main tables are of; `columns`, the tasks; `methods` [part][method][column],
+    Keys: `baseline`, the variant that the main tables are of; `columns`, the tasks, with `num_users` [part] of the
+    first run; `methods` [part][method][column],
     a cell; `differences` [part][reference][method][column]; `ablations` [method][column][variant]; `costs`
     [method][column]; `runs`, with the files that all numbers come from; `grouping` and `test_reads` by run.
     """
@@ -67,6 +68,8 @@ def _columns(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
                     "higher_is_better": about["metrics"][metric],
                     "generated": about["generated"],
                     "floor": (about["floor"] or {}).get("than"),
+                    "num_users": {WHOLE: about["num_users"]}
+                    | {one["part"]: one["num_users"] for one in about["parts"]},
                 },
             )
     return found
@@ -127,8 +130,12 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _hull(intervals: Sequence[Sequence[float]]) -> list[float]:
-    return [min(low for low, _ in intervals), max(high for _, high in intervals)]
+def _hull(intervals: Sequence[Sequence[float] | None]) -> list[float] | None:
+    """From the lowest to the highest end; None where a seed has no interval, of too few users."""
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
+        return None
+    return [min(low for low, _ in known), max(high for _, high in known)]
 
 
 def _differences(
@@ -147,7 +154,7 @@ def _differences(
         found.setdefault(than, {}).setdefault(method, {})[name] = {
             "gain": _mean(pair["gain"] for pair in seeds),
             "interval": interval,
-            "verdict": verdict(*interval),
+            "verdict": verdict(interval),
         }
     return found
 

@@ -54,9 +54,13 @@ def tables_of(results: Results) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def _titles(results: Results) -> list[str]:
+def _titles(results: Results, part: str = WHOLE) -> list[str]:
+    """Each task with its metric and the number of users of a part."""
     arrows = {True: "↑", False: "↓"}
-    return [f"{name}: {c['metric']} {arrows[c['higher_is_better']]}" for name, c in results["columns"].items()]
+    return [
+        f"{name}: {c['metric']} {arrows[c['higher_is_better']]}, {c['num_users'].get(part, 0)} users"
+        for name, c in results["columns"].items()
+    ]
 
 
 def _value(cell: dict[str, Any], key: str = "value") -> str:
@@ -97,7 +101,7 @@ def score_table(results: Results, part: str) -> Table:
             f" {MARKS[WITHIN]}: better, but not beyond the interval of the paired difference. Of several seeds the"
             " worst counts."
         )
-    return Table(f"Scores over questions, {WHOSE[part]}", ["method", *_titles(results)], rows, note, best)
+    return Table(f"Scores over questions, {WHOSE[part]}", ["method", *_titles(results, part)], rows, note, best)
 
 
 def verdict_table(results: Results) -> Table:
@@ -134,7 +138,7 @@ def difference_table(results: Results, part: str, than: str) -> Table:
         for method in order
     ]
     note = "Paired bootstrap over users; positive is better. Not corrected for the number of comparisons."
-    return Table(f"Differences to {than}, {WHOSE[part]}", ["method", *_titles(results)], rows, note)
+    return Table(f"Differences to {than}, {WHOSE[part]}", ["method", *_titles(results, part)], rows, note)
 
 
 def ablation_table(results: Results, method: str) -> Table:

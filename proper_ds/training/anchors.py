@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 
-def needs_anchors(config: RunConfig) -> bool:
-    """Whether any method of the run merges adapters; its recipes may have it under another name."""
-    likes = {name: recipe.like or name for name, recipe in config.recipes.items()}
-    return any(likes.get(name, name) == "merged" for name in config.evaluation.methods)
-
-
 def merge_anchors(tokens: TokenData, config: RunConfig) -> np.ndarray:
     """Mask over the users that may be merged from: `merge.num_anchors` with most history, ties in a seeded order.
 

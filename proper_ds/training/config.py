@@ -184,7 +184,7 @@ class UserConfig(OptimSettings):
     """Where the adapters of `start.adapter_sets` start: `fresh` (A at random, B zero), or `learned` over the training
     users by a stage of its own (section `start`, whose settings take the place of some of these)."""
     users: Literal["all", "needed"] = "all"
-    """`needed`: only users that are evaluated, and those the router learns from."""
+    """`needed`: only users that are evaluated, and those that a set's LoRA-aware router, or `merged`, learns from."""
     only_changed: bool = False
     """Keep the shared stages although the data changed; train only users whose history changed, and new ones."""
     per_device_train_batch_size: int = Field(default=4, ge=1)

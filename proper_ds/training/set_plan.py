@@ -13,7 +13,7 @@ from proper_ds.files import atomic_path
 from proper_ds.observe.log import get_logger
 from proper_ds.run_folder import StageFolder
 from proper_ds.store.elsewhere import open_store
-from proper_ds.training.anchors import merge_anchors, needs_anchors
+from proper_ds.training.anchors import merge_anchors
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import num_history, router_users, users_with_queries
 
@@ -41,44 +41,55 @@ class SetPlan:
         return cls(version, np.load(place.path / _file(version), allow_pickle=False))
 
 
+@dataclass(frozen=True)
+class AlsoNeeded:
+    """Who gets an adapter under `user.users: needed` besides the users who are evaluated.
+
+    Attributes:
+        by_router: the users that a LoRA-aware router of this set learns from.
+        by_merging: the users that method `merged` merges from.
+    """
+
+    by_router: bool
+    by_merging: bool
+
+
 def _file(version: int) -> str:
     return f"chosen-{version:06d}.npy"
 
 
-def ensure_plan(context: RunContext, place: StageFolder) -> SetPlan:
+def ensure_plan(context: RunContext, place: StageFolder, also: AlsoNeeded) -> SetPlan:
     """The plan of the version that was begun last; made where it is missing, before anything is trained."""
     begun = place.begun()
     assert begun is not None, f"{place.path} was not begun"
     version = int(begun["version"])
     path = place.path / _file(version)
     if not path.exists():
-        chosen = users_to_train(context) if version == 1 else _changed(context, place)
+        chosen = users_to_train(context, also) if version == 1 else _changed(context, place, also)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, chosen, allow_pickle=False)
     return SetPlan.read(place)
 
 
-def users_to_train(context: RunContext) -> np.ndarray:
-    """Mask over the users that get an adapter (`user.users`): all with history, or only those that are needed.
-
-    Needed are users who are evaluated, those the router learns from, and those method `merged` merges from.
-    """
+def users_to_train(context: RunContext, also: AlsoNeeded) -> np.ndarray:
+    """Mask over the users that get an adapter (`user.users`): all with history, or only those that are needed."""
     config, tokens = context.config, context.tokens
     mask = num_history(tokens) > 0
     if config.user.users == "needed":
-        router = config.router
-        chosen = router_users(tokens, router.users, router.max_users, config.data.train_split, config.seed)
-        chosen = chosen | users_with_queries(tokens, config.evaluation.split)
-        if needs_anchors(config):
-            chosen = chosen | merge_anchors(tokens, config)
+        chosen = users_with_queries(tokens, config.evaluation.split)
+        if also.by_router:
+            router = config.router
+            chosen |= router_users(tokens, router.users, router.max_users, config.data.train_split, config.seed)
+        if also.by_merging:
+            chosen |= merge_anchors(tokens, config)
         mask = mask & chosen
     return mask
 
 
-def _changed(context: RunContext, place: StageFolder) -> np.ndarray:
+def _changed(context: RunContext, place: StageFolder, also: AlsoNeeded) -> np.ndarray:
     """Mask over the users to train whose history is not the one that their newest version was learned from."""
     tokens, keys, store = context.tokens, context.keys, open_store(place.path)
-    mask = users_to_train(context)
+    mask = users_to_train(context, also)
     num_kept = num_new = 0
     for start in range(0, tokens.num_users, USERS_PER_BLOCK):
         stop = min(start + USERS_PER_BLOCK, tokens.num_users)

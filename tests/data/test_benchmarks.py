@@ -63,6 +63,9 @@ def test_oppus_profile_texts_get_their_users_names(tmp_path):
     write_json(folder / "profile_user_100.json", [])
     with pytest.raises(DataError, match="0 texts for the 1 users"):
         split_profiles(folder, tmp_path / "profiles.jsonl")
+    write_json(folder / "profile_user_100.json", [{"text": "likes films"}])
+    with pytest.raises(DataError, match=r"profile_user_100.json, record 1: `output` is missing"):
+        split_profiles(folder, tmp_path / "profiles.jsonl")
 
 
 def test_oppus_protocol_holds_out_the_most_active(tmp_path):
@@ -227,5 +230,5 @@ def test_time_based_lamp_files(lamp_folder, tmp_path):
     data = run(folder, tmp_path / "out")
     (user,) = data.users()
     assert [item.time for item in user.history] == ["2013-01-01", "2014-01-01"]
-    assert [query.split for query in user.queries] == ["dev"]
+    assert [(query.split, query.answer) for query in user.queries] == [("train", None), ("dev", "Three")]
     assert (data.manifest.set_aside["queries_now_history"], data.manifest.num_before_history) == (1, 0)

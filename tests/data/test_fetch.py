@@ -30,6 +30,7 @@ class Server:
         self.files = {"/a.json": BODY}
         self.cut: list[int | None] = [None]
         self.ranges, self.etag, self.too_long, self.statuses = True, '"v1"', 0, []
+        self.says_length, self.shift, self.sums_statuses = True, 0, []
         self.asked = []
         owner = self
 
@@ -53,8 +54,9 @@ class Server:
         asked = request.headers.get("Range")
         if request.path != "/SHA256SUMS":
             self.asked.append((request.path, asked))
-        if self.statuses and body is not None:
-            return request.send_error(self.statuses.pop(0))
+        statuses = self.sums_statuses if request.path == "/SHA256SUMS" else self.statuses if body else []
+        if statuses:
+            return request.send_error(statuses.pop(0))
         if body is None:
             return request.send_error(404)
         start = 0
@@ -64,8 +66,9 @@ class Server:
                 return request.send_error(416)
         request.send_response(206 if start else 200)
         if start:
-            request.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        request.send_header("Content-Length", str(len(body) - start + self.too_long))
+            request.send_header("Content-Range", f"bytes {start + self.shift}-{len(body) - 1}/{len(body)}")
+        if self.says_length:
+            request.send_header("Content-Length", str(len(body) - start + self.too_long))
         if self.etag:
             request.send_header("ETag", self.etag)
         request.end_headers()
@@ -135,6 +138,29 @@ def test_wrong_sizes_are_no_success(server, tmp_path):
     assert not (tmp_path / "a.json").exists()
 
 
+def test_without_a_length_the_end_of_the_json_tells_what_is_whole(server, tmp_path):
+    server.says_length, server.etag = False, None
+    server.cut = [70_000, BODY.index(b"}", 80_000) + 1, None]
+    assert fetch(server, tmp_path)
+    assert (tmp_path / "a.json").read_bytes() == BODY and len(server.asked) == 3
+    assert json.loads((tmp_path / RECORD).read_text())["files"]["a.json"]["checked_by"] == "end of the JSON"
+
+
+def test_a_range_that_was_not_asked_for_is_not_written(server, tmp_path):
+    server.cut, server.shift = [70_000, None], 10
+    assert fetch(server, tmp_path)
+    assert (tmp_path / "a.json").read_bytes() == BODY
+    assert [asked for _, asked in server.asked] == [None, "bytes=70000-", None]
+
+
+def test_another_file_is_not_taken_for_the_one_that_is_there(server, tmp_path):
+    server.files["/time/a.json"] = BODY
+    Fetcher(server.url, tmp_path, 5.0).fetch("time/a.json", "a.json")
+    with pytest.raises(DataError, match=r"was fetched from .*/time/a.json, not as a.json; give another --out"):
+        fetch(server, tmp_path)
+    assert not Fetcher(server.url.replace("127.0.0.1", "localhost"), tmp_path, 5.0).fetch("time/a.json", "a.json")
+
+
 def test_a_file_that_came_whole_before_the_process_ended_is_not_asked_for_again(server, tmp_path, monkeypatch):
     monkeypatch.setattr("proper_ds.data.fetch._sha256", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -168,6 +194,17 @@ def test_the_servers_checksums_hold(server, tmp_path):
     assert left(tmp_path) == []
     server.files["/SHA256SUMS"] = f"{hashlib.sha256(BODY).hexdigest()} *./a.json\n".encode()
     assert fetch(server, tmp_path)
+    assert json.loads((tmp_path / RECORD).read_text())["files"]["a.json"]["checked_by"] == "SHA256SUMS"
+
+
+def test_a_list_of_checksums_that_cannot_be_read_is_not_taken_for_none(server, tmp_path):
+    server.files["/SHA256SUMS"] = f"{hashlib.sha256(BODY).hexdigest()} a.json\n".encode()
+    server.sums_statuses = [503] * MAX_TRIES
+    with pytest.raises(FetchError, match=r"SHA256SUMS: .*503.* cannot be checked"):
+        fetch(server, tmp_path)
+    assert "a.json" not in left(tmp_path)
+    server.sums_statuses = [503]
+    assert fetch(server, tmp_path) and len(server.asked) == 1
     assert json.loads((tmp_path / RECORD).read_text())["files"]["a.json"]["checked_by"] == "SHA256SUMS"
 
 

@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proper_ds.config import RunConfig
 from proper_ds.data.config import DataConfig
 from proper_ds.data.leaks import MIN_SHINGLES, SHINGLE_WORDS, LeakGuard
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
+from proper_ds.data.protocols import hold_out_most_active
 from proper_ds.data.records import HistoryItem
 from proper_ds.data.tasks import TASKS
-from proper_ds.errors import DataError
+from proper_ds.errors import ConfigError, DataError
+from proper_ds.evaluation.config import EvaluationConfig
+from proper_ds.pipeline.plan import check_inputs
 
 RATE = "What is the score? review: "
 TITLE = "Generate a title for the following abstract of a paper: "
@@ -74,6 +78,24 @@ def test_lamp_1_looks_at_the_candidates(lamp_folder, tmp_path, candidate, leaks)
         assert run(folder, tmp_path / "out").manifest.splits["train"]["num_queries"] == 1
 
 
+@pytest.mark.parametrize(
+    ("asked", "candidate", "leaks"),
+    [
+        ("the paper: named", "A Cited Work", True),
+        ("The paper; named", "a cited work!", True),
+        ("The paper, named", "Another work", False),  # one of the candidates is always cited by the paper
+        ("Another paper", "A Cited Work", False),  # who cited it once cites it again
+    ],
+)
+def test_lamp_1_looks_at_what_the_asked_paper_cites(lamp_folder, tmp_path, asked, candidate, leaks):
+    """OPPU's items say what a paper cites."""
+    profile = [{"id": "a", "title": "The Paper: Named", "citation": "A cited work", "abstract": "words"}]
+    text = CITE.format(asked, candidate, "Something else")
+    question = {"id": "1", "user_id": "u", "input": text, "profile": profile}
+    folder = lamp_folder([question], [{"id": "1", "output": "[1]"}], task="LaMP_1")
+    assert run(folder, tmp_path / "out", leaks="set_aside").manifest.set_aside.get("leak", 0) == leaks
+
+
 def test_time_based_split_teaches_old_questions_as_history(lamp_folder, tmp_path):
     """The later profile holds the earlier question's item: no leak, but the question must not be taught twice."""
     early = [{"id": "a", "text": "first", "score": "1", "date": "2020"}]
@@ -83,10 +105,75 @@ def test_time_based_split_teaches_old_questions_as_history(lamp_folder, tmp_path
     data = run(folder, tmp_path / "out")
     (user,) = data.users()
     assert [item.text for item in user.history] == ["first", "second"]
-    assert [q.id for q in user.queries] == ["q2"]
+    assert [(q.id, q.answer) for q in user.queries] == [("q1", None), ("q2", "3")], "q1: a training user, not asked"
     assert data.manifest.set_aside["queries_now_history"] == 1
+    assert data.manifest.num_users_ahead == {}, "the training split may know what later ones do"
     (listed,) = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").open()]
     assert (listed["id"], listed["kind"]) == ("q1", "queries_now_history")
+
+
+def time_based(lamp_folder, grow=True):
+    """LaMP-3 by time: three people ask in train, dev and test, each time with what they rated before."""
+    for split, num in (("train", 2), ("dev", 3), ("test", 4)):
+        questions, golds = [], []
+        for user in "abc":
+            items = [{"id": f"{user}{n}", "text": f"{user} on film {n}", "score": str(n)} for n in range(1, num + 1)]
+            items = [item | {"date": f"2020-01-0{n}"} for n, item in enumerate(items, start=1)]
+            profile = items[:-1] if grow else items[:1]
+            asked = items[-1]
+            questions.append(lamp3(f"{split}-{user}", user, asked["text"], profile) | {"date": asked["date"]})
+            golds.append({"id": f"{split}-{user}", "output": asked["score"]})
+        folder = lamp_folder(questions, None if split == "test" else golds, split, "LaMP_3")
+    return folder
+
+
+def test_people_who_ask_in_every_split_are_read_up_to_the_one_that_is_asked(lamp_folder, tmp_path):
+    folder = time_based(lamp_folder)
+    data = run(folder, tmp_path / "dev", splits=["train", "dev"])
+    for user in data.users():
+        assert [item.time for item in user.history] == ["2020-01-01", "2020-01-02"]
+        assert [(q.split, q.answer) for q in user.queries] == [("train", None), ("dev", "3")]
+    assert data.manifest.set_aside == {"queries_now_history": 3}
+    config = RunConfig(output_dir=str(tmp_path), evaluation=EvaluationConfig(split="dev", methods=["proper", "OPPU"]))
+    with pytest.raises(
+        ConfigError, match=r"router.train_on: learns from questions alone.* Set router.train_on: \[history\]"
+    ):
+        check_inputs(config, data.manifest)
+    assert (data.manifest.num_users_ahead, data.manifest.num_before_history) == ({}, 0)
+    data = run(folder, tmp_path / "test")
+    for user in data.users():
+        assert [item.time[-1] for item in user.history] == ["1", "2", "3"]
+        assert [q.split for q in user.queries] == ["train", "test"], "dev's are history by then, and no leaks"
+    assert data.manifest.set_aside == {"queries_now_history": 6}
+
+
+def test_a_history_ahead_of_its_questions_is_not_evaluated(lamp_folder, tmp_path):
+    """Whoever is asked in dev may not know what only the test profiles do, be it the answer or later items."""
+    folder = time_based(lamp_folder)
+    path = folder / "test_questions.json"
+    rows = [row | {"profile": [*row["profile"][:2], item(row)]} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    manifest = run(folder, tmp_path / "out").manifest
+    assert (manifest.num_users_ahead, manifest.splits["dev"]["num_queries"]) == ({"dev": 3}, 3)
+    config = RunConfig(output_dir=str(tmp_path), evaluation=EvaluationConfig(split="dev"))
+    with pytest.raises(
+        ConfigError, match=r"3 users of split 'dev' hold what later splits .*data.splits=\[train, dev\]"
+    ):
+        check_inputs(config, manifest)
+    with pytest.raises(DataError, match="3 users of dev have history from later splits"):
+        hold_out_most_active(PreparedData(tmp_path / "out"), tmp_path / "held", 1)
+
+
+def item(row):
+    return {"id": row["id"], "text": f"a later film of {row['user_id']}", "score": "1", "date": "2020-01-09"}
+
+
+def test_nobody_is_set_apart_for_choices_who_is_evaluated(lamp_folder, tmp_path):
+    folder = time_based(lamp_folder, grow=False)
+    with pytest.raises(DataError, match=r"sets 3 users apart who are asked in another split"):
+        run(folder, tmp_path / "out", tune_share=0.99)
+    manifest = run(folder, tmp_path / "alone", tune_share=0.99, splits=["train"]).manifest
+    assert manifest.splits == {"tune": {"num_users": 3, "num_queries": 3}} and manifest.tune_share == 0.99
 
 
 def test_the_shared_data_sets_have_no_leaks(shared_data, tmp_path):
@@ -136,7 +223,7 @@ def near_copy(lamp_folder, text, own, folder="lamp"):
         (LONG + " tonight", True),
         (LONG.upper().replace(" ", ", "), True),
         ("He wrote: " + LONG + " and much more followed that nobody had quoted before", True),
-        (" ".join(LONG.split()[:11]), False),  # twelve words are the least that is compared
+        (" ".join(LONG.split()[:11]), False),  # twelve words are the least of which parts are compared
         (" ".join(reversed(LONG.split())), False),
         (LONG.replace("brown", "red").replace("seven", "two"), False),  # some runs differ: a likeness, not a copy
     ],
@@ -151,6 +238,15 @@ def test_near_copies_are_refused_set_aside_or_allowed(lamp_folder, tmp_path, own
     if near:
         with pytest.raises(DataError, match=r"1 question with a near copy in the same user's history[\s\S]*\(id 1\)"):
             run(folder, tmp_path / "refused", near_duplicates="refuse")
+
+
+@pytest.mark.parametrize(
+    ("own", "near"), [("Deep Learning: a survey", 1), ("Deep Learning: a study", 0), ("Deep, learning", 0)]
+)
+def test_punctuation_makes_no_other_text(lamp_folder, tmp_path, own, near):
+    question = "deep learning - a survey." if len(own) > 20 else "deep learning"
+    manifest = run(near_copy(lamp_folder, question, own), tmp_path / "out").manifest
+    assert manifest.set_aside.get("near_duplicate", 0) == near
 
 
 def test_a_near_copy_of_the_gold_is_found_and_a_strangers_is_none(lamp_folder, tmp_path):

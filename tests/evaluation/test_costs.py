@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from proper_ds.config import RunConfig
 from proper_ds.evaluation.costs import Work, answering_seconds, costs_of, work_of
+from proper_ds.evaluation.methods import methods_of
+from proper_ds.evaluation.report import _stages_behind
 
 MARKER = {"seconds": 10.0}
 
@@ -47,6 +50,15 @@ def test_seconds_an_answer():
         unit("store/OPPU", "a", seconds=50.0),
     ]
     assert answering_seconds(events) == {"OPPU": 0.2, "base": 0.05}
+
+
+def test_profiles_that_a_model_writes_are_behind_a_method():
+    prompt = {"profile": "model", "profile_model": "some/model"}
+    config = RunConfig.model_validate(
+        {"output_dir": "x", "recipes": {"mine": {"like": "PAG", "prompt": prompt}}, "evaluation": {"methods": ["mine"]}}
+    )
+    (method,) = methods_of(config)
+    assert _stages_behind(method, config) == [f"profiles@{method.lane}", f"population@{method.lane}"]
 
 
 def test_what_others_need_too_is_told_apart():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 
 import pytest
@@ -11,9 +12,12 @@ from proper_ds.data.config import DataConfig
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
 from proper_ds.errors import DataError
+from proper_ds.evaluation.floor_base import Case, Sample
+from proper_ds.evaluation.floor_linear import RatingFloor
 from proper_ds.evaluation.floors import FLOORS, predict_floors
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.predict_job import SCHEMA
+from tests.evaluation.crafted import RATINGS
 from tests.fakes import write_json
 
 LABELS = ["sea", "land"]
@@ -68,6 +72,15 @@ def test_labels(tmp_path):
     ]
 
 
+def test_answers_are_gathered_in_parts_and_stay_in_order(tmp_path, monkeypatch):
+    prepared = population(tmp_path / "in", DEV)
+    whole = predict_floors(prepared, "dev", "train", list(FLOORS), 1, 1000)
+    monkeypatch.setattr("proper_ds.evaluation.floors.ROWS_AT_ONCE", 3)
+    parts = predict_floors(prepared, "dev", "train", list(FLOORS), 1, 1000)
+    assert parts.equals(whole) and parts.column("user").num_chunks == 2 * len(FLOORS)
+    assert whole.column("method").to_pylist() == [method for method in FLOORS for _ in DEV]
+
+
 def test_no_gold_and_no_other_user_is_looked_at(tmp_path):
     before = answers(population(tmp_path / "a", DEV))
     others = [{**row, "answer": "land"} for row in DEV[:1]]
@@ -76,6 +89,16 @@ def test_no_gold_and_no_other_user_is_looked_at(tmp_path):
     for method in FLOORS:
         assert after[method, "fisher"]["prediction"] == before[method, "fisher"]["prediction"]
         assert after[method, "fisher"]["gold"] == "land"
+
+
+def test_what_everybody_rates_is_found_once(monkeypatch):
+    """And not anew for every question of a user without history."""
+    samples = [Sample("t", "words", answer) for answer in "11223"]
+    floor, num_medians, median_low = RatingFloor(RATINGS, samples, []), [], statistics.median_low
+    monkeypatch.setattr(statistics, "median_low", lambda values: num_medians.append(1) or median_low(values))
+    assert [floor.own_habit(Case([], "a question", "")) for _ in range(5)] == ["2"] * 5
+    assert len(num_medians) == 1
+    assert floor.own_habit(Case([Sample("u", "words", answer) for answer in "554"], "a question", "")) == "5"
 
 
 def test_written_answers_are_cut_or_whole(tmp_path):

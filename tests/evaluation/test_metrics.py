@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_
 
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.tasks import TASKS
-from proper_ds.evaluation.bootstrap import percentiles, score
+from proper_ds.evaluation.bootstrap import intervals, score
 from proper_ds.evaluation.metrics import metrics_of, rating_error
 
 LABELS = ("a", "b", "c", "d")
@@ -92,9 +92,9 @@ def test_user_mean_and_query_value_differ_as_they_should():
     found = score(metric, sums, 200, seed=1)
     assert found.value_M.tolist() == pytest.approx([2 / 4])
     assert found.user_mean_M.tolist() == pytest.approx([(1 + 1 / 3) / 2])
-    low, high = percentiles(found.value_MB[0], 0.95)
+    low, high = intervals(found.value_MB[0], 0.95)
     assert 1 / 3 <= low <= 0.5 <= high <= 1
-    low, high = percentiles(found.user_mean_MB[0], 0.95)
+    low, high = intervals(found.user_mean_MB[0], 0.95)
     assert 1 / 3 <= low <= 2 / 3 <= high <= 1
     again = score(metric, sums, 200, seed=1)
     assert np.array_equal(found.value_MB, again.value_MB)
@@ -108,5 +108,5 @@ def test_user_f1_is_over_the_labels_that_user_meets():
 
 @given(st.lists(st.floats(-5, 5), min_size=20, max_size=60))
 def test_interval_holds_the_median(samples):
-    low, high = percentiles(np.asarray(samples), 0.95)
+    low, high = intervals(np.asarray(samples), 0.95)
     assert low <= np.median(samples) <= high

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from proper_ds.data.config import DataConfig
+from proper_ds.data.manifest import Manifest
 from proper_ds.data.prepare import prepare
 from proper_ds.data.prepared import PreparedData
+from proper_ds.data.protocols import hold_out_most_active
 from proper_ds.evaluation.config import EvaluationConfig
-from proper_ds.evaluation.methods import METHODS
-from proper_ds.evaluation.protocol import cautions, decoding, is_oppu, split_protocol, users_of
-from proper_ds.evaluation.state import bytes_per_user
+from proper_ds.evaluation.protocol import cautions, decoding, is_oppu, name_of, split_protocol, users_of
 
 
 @pytest.mark.parametrize(
@@ -57,36 +56,35 @@ def test_users_of_a_split(prepared):
 
 def test_cautions_name_what_makes_it_another_experiment(prepared):
     about = {"split": "dev", "name": "mixed", "share_of_users_also_in_training": 0.5, "closed_labels": "score"}
-    found = " ".join(cautions(about, prepared.manifest, DataConfig(max_users_per_split=10)))
-    for word in ("split dev", "50% of the users", "first 10 users", "not LaMP's own data", "by likelihood", "ROUGE"):
+    found = " ".join(cautions(about, replace(prepared.manifest, num_before_history=7)))
+    wanted = ("split dev", "50% of the users", "not LaMP's own data", "by likelihood", "ROUGE", "7 questions are older")
+    for word in wanted:
         assert word in found
     about |= {"split": "test", "name": "user-based", "closed_labels": "generate"}
-    found = " ".join(cautions(about, prepared.manifest, DataConfig()))
-    for word in ("split dev", "of the users", "first", "by likelihood"):
+    found = " ".join(cautions(about, prepared.manifest))
+    for word in ("split dev", "of the users", "first", "by likelihood", "older"):
         assert word not in found
+
+
+def test_what_was_left_out_when_data_was_prepared_is_told_of_the_prepared_folder(prepared, tmp_path):
+    config = DataConfig(path=str(tmp_path), max_users_per_split=10, max_history_items=1)
+    manifest = prepare(config, tmp_path / "limited")
+    about = {"split": "dev", "name": "mixed", "share_of_users_also_in_training": 0.5, "closed_labels": "score"}
+    found = " ".join(cautions(about, Manifest.read(tmp_path / "limited")))
+    assert "first 10 users" in found and "newest 1 items" in found
+    assert Manifest.read(tmp_path / "limited") == manifest
+    assert "set apart for choices" in " ".join(cautions(about, replace(manifest, tune_share=0.2)))
+
+
+def test_oppus_protocol_on_other_data_is_called_so(prepared, tmp_path):
+    hold_out_most_active(prepared, tmp_path / "held", 1)
+    held = PreparedData(tmp_path / "held")
+    assert name_of(held, "train", "test") == ("1 most active held out", 0.0)
+    assert name_of(prepared, "train", "dev") == ("mixed", 0.5)
+    about = {"split": "test", "name": "1 most active held out", "closed_labels": "score"}
+    assert "the 1 most active users" in " ".join(cautions(about, held.manifest))
 
 
 def test_decoding_in_words():
     assert "median" in decoding(EvaluationConfig(ordinal="median"))
     assert decoding(EvaluationConfig(closed_labels="generate", max_new_tokens=7)) == "greedy, at most 7 new tokens"
-
-
-@dataclass
-class Context:
-    """As much of a RunContext as methods without adapters ask for."""
-
-    prepared: PreparedData
-    lane: str = ""
-    hidden_size: int = 16
-    config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(plora=SimpleNamespace(user_vector_size=8)))
-
-
-def test_bytes_a_user_of_methods_without_adapters(prepared):
-    context = Context(prepared)
-    assert bytes_per_user(context, METHODS["base"]) == 0
-    assert bytes_per_user(context, METHODS["population"]) == 0
-    assert bytes_per_user(context, METHODS["words"]) == 0
-    assert bytes_per_user(context, METHODS["PLoRA"]) == 32
-    assert bytes_per_user(context, METHODS["merged"]) == 128
-    assert bytes_per_user(context, METHODS["RAG"]) > 0
-    assert bytes_per_user(context, METHODS["RAG"]) == bytes_per_user(context, METHODS["own-habit"])

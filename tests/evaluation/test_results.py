@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proper_ds.evaluation.bootstrap import MIN_USERS
 from proper_ds.evaluation.history import history_buckets, history_parts
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.plots import expert_spread, gain_by_history, learning_curves
-from proper_ds.evaluation.questions import answers_of
+from proper_ds.evaluation.questions import Answers, answers_of
+from proper_ds.evaluation.report_rows import gain_text
 from proper_ds.evaluation.results import Scoring, evaluate_task, expert_use, write_lamp_files
 from proper_ds.evaluation.verify import differences
 from tests.evaluation.crafted import RATINGS, TAGS, ratings, row, table
@@ -90,8 +93,49 @@ def test_the_order_of_lines_does_not_matter(chances, random):
 def test_a_method_does_not_differ_from_itself(chance, num_users):
     rows = ratings({"population": chance, "OPPU": chance}, num_users)
     (pair,) = result_of(rows)["comparisons"]["mae"]
-    assert (pair["gain"], pair["interval"], pair["user_mean_gain"]) == (0, [0, 0], 0)
-    assert pair["verdict"] == "no difference beyond the interval"
+    many = num_users >= MIN_USERS
+    assert (pair["gain"], pair["interval"], pair["user_mean_gain"]) == (0, [0, 0] if many else None, 0)
+    assert pair["verdict"] == ("no difference beyond the interval" if many else "too few users")
+
+
+@pytest.mark.parametrize(("num_users", "few"), [(MIN_USERS - 1, True), (MIN_USERS, False)])
+def test_a_few_users_give_values_but_no_verdict(num_users, few):
+    chances = {"words": 0.2, "population": 0.5, "OPPU": 1.0}
+    result = result_of(ratings(chances, num_users), list(chances))
+    pair = next(pair for pair in result["comparisons"]["mae"] if pair["method"] == "OPPU")
+    assert (pair["verdict"], pair["interval"] is None) == ("too few users" if few else "better", few)
+    assert pair["gain"] > 0 and (pair["user_mean_interval"] is None) == few
+    entry, floor = result["methods"]["OPPU"]["mae"], result["floor"]["methods"]["OPPU"]
+    assert entry["value"] == 0 and (entry["interval"] is None) == few
+    assert (floor["standing"], floor["below_floor"]) == (None if few else "above", False)
+    assert (result["matrix"]["mae"]["low"] is None) == few
+    assert gain_text(pair).endswith("(too few users)" if few else "better")
+
+
+def test_parts_of_a_few_users_have_no_verdict_beside_a_whole_that_has():
+    result = result_of(rows_of_two())
+    cold, lower, _ = result["parts"]
+    assert (cold["num_users"], cold["comparisons"]["mae"][0]["verdict"]) == (2, "too few users")
+    assert lower["comparisons"]["mae"][0]["verdict"] == "better"
+    assert result["comparisons"]["mae"][0]["verdict"] == "better"
+    assert gain_by_history(result, "mae", "population", ["OPPU"]).startswith("<svg")
+
+
+def test_memory_grows_with_users_not_with_their_questions():
+    """For each method; 15 labels make 45 numbers a question."""
+    num, generator = 3000, np.random.default_rng(0)
+    answers = Answers(
+        [str(n) for n in range(num)],
+        np.arange(num) // 150,
+        np.arange(num) // 150,
+        generator.choice(TAGS.labels, num).tolist(),
+        {f"m{k}": generator.choice(TAGS.labels, num).tolist() for k in range(20)},
+    )
+    tracemalloc.start()
+    evaluate_task(TAGS, answers, Scoring(5, 0.95, ()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * num * 45 * 20 / 4, "not even a quarter of all questions' statistics"
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=10))

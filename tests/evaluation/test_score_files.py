@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from proper_ds.cli import app
 from proper_ds.data.tasks import CATEGORIES_2N
 from proper_ds.errors import DataError
-from proper_ds.evaluation.meteor import meteor
+from proper_ds.evaluation.meteor import meteor, words_of
 from proper_ds.evaluation.score_files import as_json, score_files
 from tests.fakes import write_json
 
@@ -145,3 +145,12 @@ def test_meteor_by_hand():
     assert meteor("dogs running", "the dog runs") == pytest.approx((1 - 0.5 * (1 / 2) ** 3) * 10 * (2 / 3) / (1 + 6))
     assert meteor("forever", "always") == 0
     assert meteor("", "") == 0
+
+
+def test_meteor_parts_every_sentence_from_its_full_stop():
+    """As nltk's own word_tokenize does, which splits sentences first."""
+    text = 'We propose results. They hold up "now." (Fine work.) Smith et al. Wrote it.\nSo did Dr. May'
+    wanted = "We propose results . They hold up `` now . '' ( Fine work . ) Smith et al. Wrote it . So did Dr. May"
+    assert words_of(text) == wanted.split()
+    text = "We propose results. They hold up. Fine work."
+    assert meteor(text, text.replace(".", " .")) == pytest.approx(1 - 0.5 / 11**3)

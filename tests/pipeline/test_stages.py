@@ -92,6 +92,18 @@ def test_settings_of_one_set_leave_the_others_alone(prints):
     assert prints(given)["store/OPPU"] == same, "how it is written down makes no other adapters"
 
 
+def test_needed_users_are_each_sets_and_lanes_own(prints):
+    """Router users only for sets whose router is trained, anchors only where OPPU's adapters are merged."""
+    methods = "evaluation.methods=[OPPU,OPPU+RAG,merged,proper,proper-user-gates,proper-released-user-gates]"
+    before = prints(methods, "user.users=needed", "merge.num_neighbours=1")
+    router = prints(methods, "user.users=needed", "merge.num_neighbours=1", "router.max_users=7")
+    stores = {name for name in before if name.startswith("store/")}
+    assert stores == {"store/OPPU", "store/OPPU@bm25-4-lamp", "store/proper", "store/proper-released"}
+    assert {name for name in stores if before[name] != router[name]} == {"store/proper"}
+    merge = prints(methods, "user.users=needed", "merge.num_neighbours=1", "merge.num_anchors=9")
+    assert {name for name in stores if before[name] != merge[name]} == {"store/OPPU"}
+
+
 def test_router_settings_leave_adapters_alone(prints):
     own = ("router/", "predictions/proper", "report")
     assert changed(prints, "router.learning_rate=1") == [name for name in ALL if name.startswith(own)]

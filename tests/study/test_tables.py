@@ -72,6 +72,18 @@ def test_methods_that_learned_from_those_who_are_asked_are_marked(finish, tmp_pa
         assert ("†: weights shared by all users" in first.note) == bool(taught)
 
 
+def test_a_task_of_a_few_users_decides_nothing(finish, tmp_path):
+    runs = [finish("films", "main", ratings(CHANCES, 40), seed) for seed in (41, 42)]
+    runs += [finish("books", "main", ratings({"OPPU": 0, "proper": 1}, 5), seed) for seed in (41, 42)]
+    results = results_of(runs, tmp_path)
+    found = results["differences"]["all"]["OPPU"]["proper"]
+    assert (found["films"]["verdict"], found["books"]["verdict"]) == ("better", "too few users")
+    assert found["books"]["interval"] is None and found["books"]["gain"] > 0
+    scores = tables_of(results)[0]
+    assert [title.rpartition(", ")[2] for title in scores.header[1:]] == ["40 users", "5 users"]
+    assert results["columns"]["books"]["num_users"] == {"all": 5, "cold": 2, "lower half": 2, "upper half": 3}
+
+
 def test_halves_and_cold_users_have_tables_of_their_own(finish, tmp_path):
     run = finish("films", "main", ratings(CHANCES, 40))
     results = results_of([run], tmp_path)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from proper_ds.config import RunConfig
 from proper_ds.data.tokens import HISTORY, QUERY
 from proper_ds.errors import DataError
-from proper_ds.training.anchors import merge_anchors, needs_anchors
+from proper_ds.training.anchors import merge_anchors
+from proper_ds.training.set_plan import AlsoNeeded, users_to_train
 
 SPLITS = ["train", "dev"]
 
@@ -61,8 +62,15 @@ def test_ties_are_drawn_by_the_seed():
     assert np.array_equal(merge_anchors(users, config(3)), merge_anchors(users, config(3)))
 
 
-def test_recipes_may_call_it_something_else():
-    raw = {"output_dir": "x", "recipes": {"mine": {"like": "merged"}}}
-    assert needs_anchors(RunConfig.model_validate(raw | {"evaluation": {"methods": ["mine"]}}))
-    assert needs_anchors(RunConfig.model_validate(raw | {"evaluation": {"methods": ["merged"]}}))
-    assert not needs_anchors(RunConfig.model_validate(raw | {"evaluation": {"methods": ["OPPU"]}}))
+def test_needed_are_the_evaluated_and_those_that_something_learns_from():
+    users = [(1, ["dev"]), (0, ["dev"]), (5, ["train"]), (2, ["train"]), (3, ["train", "dev"]), (1, [])]
+    needed = RunConfig(output_dir="x", user={"users": "needed"}, merge={"num_anchors": 1, "num_neighbours": 1})
+
+    def chosen(by_router, by_merging, settings=needed):
+        context = SimpleNamespace(config=settings, tokens=tokens_of(users))
+        return np.flatnonzero(users_to_train(context, AlsoNeeded(by_router, by_merging))).tolist()
+
+    assert chosen(False, False) == [0, 4]
+    assert chosen(False, True) == [0, 2, 4]
+    assert chosen(True, False) == [0, 2, 3, 4, 5]
+    assert chosen(False, False, config()) == [0, 2, 3, 4, 5], "all who have history"

@@ -10,7 +10,7 @@ from rich.console import Console
 from proper_ds.config import RunConfig
 from proper_ds.evaluation.answers import read_answers
 from proper_ds.observe.progress import ProgressView
-from proper_ds.pipeline.stages import Stage
+from proper_ds.pipeline.stage import Stage
 from proper_ds.pipeline.steps import Steps
 from proper_ds.run_folder import RunFolder
 from tests.evaluation.crafted import ratings, table

@@ -138,7 +138,7 @@ def test_people_who_ask_in_every_split_are_read_up_to_the_one_that_is_asked(lamp
     with pytest.raises(
         ConfigError, match=r"router.train_on: learns from questions alone.* Set router.train_on: \[history\]"
     ):
-        check_inputs(config, data.manifest)
+        check_inputs(config, data)
     assert (data.manifest.num_users_ahead, data.manifest.num_before_history) == ({}, 0)
     data = run(folder, tmp_path / "test")
     for user in data.users():
@@ -153,13 +153,13 @@ def test_a_history_ahead_of_its_questions_is_not_evaluated(lamp_folder, tmp_path
     path = folder / "test_questions.json"
     rows = [row | {"profile": [*row["profile"][:2], item(row)]} for row in json.loads(path.read_text())]
     path.write_text(json.dumps(rows))
-    manifest = run(folder, tmp_path / "out").manifest
-    assert (manifest.num_users_ahead, manifest.splits["dev"]["num_queries"]) == ({"dev": 3}, 3)
+    data = run(folder, tmp_path / "out")
+    assert (data.manifest.num_users_ahead, data.manifest.splits["dev"]["num_queries"]) == ({"dev": 3}, 3)
     config = RunConfig(output_dir=str(tmp_path), evaluation=EvaluationConfig(split="dev"))
     with pytest.raises(
         ConfigError, match=r"3 users of split 'dev' hold what later splits .*data.splits=\[train, dev\]"
     ):
-        check_inputs(config, manifest)
+        check_inputs(config, data)
     with pytest.raises(DataError, match="3 users of dev have history from later splits"):
         hold_out_most_active(PreparedData(tmp_path / "out"), tmp_path / "held", 1)
 

@@ -80,7 +80,7 @@ def tasks_of(folder: Path, yaml: Path, user: str, monkeypatch):
     class AskedError(Exception):
         pass
 
-    def ask(model, layout, tasks, settings, seed):
+    def ask(model, layout, tasks, *settings):
         raise AskedError(tasks)
 
     monkeypatch.setattr("proper_ds.training.unit_jobs.train_users", ask)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 import typer
 from rich.console import Console
@@ -51,10 +52,20 @@ def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _interrupt_again(about: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C that Python could not raise, because it came during a finalizer or a callback, is sent once more."""
+    if about.exc_type is KeyboardInterrupt:
+        # from another thread and a little later: what is raised in here would be ignored, too
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(about)
+
+
 def main() -> None:
     """The console command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     signal.signal(signal.SIGTERM, _stop)  # what `ray job stop` and most schedulers send first
+    sys.unraisablehook = _interrupt_again
     log_to_terminal(Console(stderr=False))
     try:
         code = app(standalone_mode=False)  # typer returns the codes of its own exits, Ctrl-C's among them

@@ -322,6 +322,9 @@ def _methods(config: RunConfig) -> list[Problem]:
         if is_changed(config.joint, name):
             mend = "Remove it, or add proper-joint to evaluation.methods."
             problems.append(Problem(f"joint.{name}", "has no effect without method proper-joint", mend))
+    if not needs.floors and is_changed(evaluation, "max_floor_examples"):
+        mend = "Remove it, or add own-habit, words or words+own to evaluation.methods."
+        problems.append(Problem("evaluation.max_floor_examples", "has no effect without such methods", mend))
     for name in evaluation.references or ():
         if name not in evaluation.methods:
             mend = f"Add it there, or compare with some of {', '.join(evaluation.methods)}."

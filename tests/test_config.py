@@ -58,6 +58,7 @@ BAD = [
     ("user.users=some", "user.users", "'all' or 'needed'"),
     ("group.num_experts=1", "group.num_experts", "greater than or equal to 2"),
     ("evaluation.methods=[proper,magic]", "evaluation.methods", "magic"),
+    ("evaluation.max_floor_examples=9", "evaluation.max_floor_examples", "no effect without such methods"),
     ("recipes={RAG: {prompt: {num_retrieved: 0}}}", "recipes.RAG.prompt.num_retrieved", "greater than or equal to 1"),
     ("recipes={RAG: {prompt: {top: 3}}}", "recipes.RAG.prompt.top", "unknown key.*num_retrieved"),
     ("recipes={mine: {like: RAK}}", "recipes.mine.like", "Did you mean `RAG`"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from proper_ds.data.benchmark_files import Found
 from proper_ds.data.problems import BadRecord, Complaint
-from proper_ds.data.readers import Complain, declared_task, json_records
+from proper_ds.data.readers import Complain, declared_task, json_records, made_several
 from proper_ds.data.records import RawQuestion
 from proper_ds.data.rows import checked_record, history_of, optional_text, text_of
 from proper_ds.errors import DataError
@@ -51,12 +51,7 @@ def find(files: list[Path]) -> Found | None:
 
 def read(path: Path, split: str, info: dict[str, Any], complain: Complain) -> Iterator[RawQuestion]:
     """The questions of one file; a user's history comes with the first."""
-    for position, record in json_records(path, "item", complain):
-        try:
-            yield from list(_questions(record, str(path), position, split))
-        except BadRecord as reason:
-            key = optional_text(record, "user_id") if isinstance(record, dict) else ""
-            complain(Complaint("bad", str(path), position, key, str(reason)))
+    yield from made_several(json_records(path, "item", complain), _questions, path, split, complain)
 
 
 def _questions(record: Any, file: str, position: int, split: str) -> Iterator[RawQuestion]:

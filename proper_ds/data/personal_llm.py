@@ -13,8 +13,8 @@ from typing import Any
 
 from proper_ds.data.benchmark_files import Found, columns_of, row_files, rows_of
 from proper_ds.data.files import stem_of
-from proper_ds.data.problems import BadRecord, Complaint
-from proper_ds.data.readers import Complain
+from proper_ds.data.problems import BadRecord
+from proper_ds.data.readers import Complain, made_several
 from proper_ds.data.records import RawQuestion
 from proper_ds.data.rows import checked_record, optional_text, text_of
 
@@ -29,12 +29,7 @@ def find(files: list[Path]) -> Found | None:
 
 def read(path: Path, split: str, info: dict[str, Any], complain: Complain) -> Iterator[RawQuestion]:
     """The questions of one file; a person's history comes with the first."""
-    for position, row in rows_of(path, complain):
-        try:
-            yield from list(_questions(row, str(path), position, split))
-        except BadRecord as reason:
-            key = optional_text(row, "person_id") if isinstance(row, dict) else ""
-            complain(Complaint("bad", str(path), position, key, str(reason)))
+    yield from made_several(rows_of(path, complain), _questions, path, split, complain)
 
 
 def _questions(row: Any, file: str, position: int, split: str) -> Iterator[RawQuestion]:

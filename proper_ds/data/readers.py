@@ -18,7 +18,7 @@ import pyarrow.parquet
 from proper_ds.data.files import BROKEN, MarkedBytes, open_bytes
 from proper_ds.data.problems import BadRecord, Complaint
 from proper_ds.data.records import RawGold, RawQuestion
-from proper_ds.data.rows import lamp_gold, lamp_question, plain_row
+from proper_ds.data.rows import lamp_gold, lamp_question, optional_text, plain_row
 
 Complain = Callable[[Complaint], None]
 Made = TypeVar("Made")
@@ -51,8 +51,21 @@ def made(
         try:
             yield make(value, str(path), position, split)
         except BadRecord as reason:
-            key = str(value.get("id", "")) if isinstance(value, dict) else ""
+            key = optional_text(value, "id", "user_id", "person_id") if isinstance(value, dict) else ""
             complain(Complaint("bad", str(path), position, key, str(reason)))
+
+
+def made_several(
+    items: Iterator[tuple[int, Any]],
+    make: Callable[[Any, str, int, str], Iterator[Made]],
+    path: Path,
+    split: str,
+    complain: Complain,
+) -> Iterator[Made]:
+    """The same where each record makes several, all of them or none."""
+    whole = made(items, lambda *record: list(make(*record)), path, split, complain)
+    for several in whole:
+        yield from several
 
 
 def read_lamp_questions(path: Path, split: str, complain: Complain) -> Iterator[RawQuestion]:

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from proper_ds.evaluation.bootstrap import MIN_USERS, Scores, intervals
+from proper_ds.evaluation.methods import FLOORS
 
-FLOORS = ("own-habit", "words", "words+own")
-"""Methods without a language model: what every other one must beat."""
 STANDINGS = BELOW, WITHIN, ABOVE = "below", "within the interval", "above"
 """How a method can stand to the best of them, the worst first."""
 TOO_FEW = "too few users"

@@ -16,16 +16,13 @@ from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.prepared import PreparedData
 from proper_ds.data.records import User
 from proper_ds.errors import DataError
+from proper_ds.evaluation.answers import SCHEMA
 from proper_ds.evaluation.floor_base import Case, Floor, Sample
 from proper_ds.evaluation.floor_linear import ClassFloor, RatingFloor
 from proper_ds.evaluation.floor_texts import ChoiceFloor, TextFloor
+from proper_ds.evaluation.methods import FLOORS
 from proper_ds.files import seed_of
 
-FLOORS = {
-    "own-habit": "the user's own most frequent label, median score or answer length; no words of the question",
-    "words": "a linear bag of words of the question, whoever asks",
-    "words+own": "the bag of words with the user's own prior, offset or answer length",
-}
 ROWS_AT_ONCE = 1_000
 """Answers that are held as Python objects, by method."""
 _KINDS: dict[str, type[Floor]] = {"classification": ClassFloor, "ordinal": RatingFloor, "generation": TextFloor}
@@ -35,7 +32,7 @@ Made = TypeVar("Made")
 def predict_floors(
     prepared: PreparedData, split: str, train_split: str, methods: Sequence[str], seed: int, max_examples: int
 ) -> pa.Table:
-    """Answers of the floors to all questions of `split`, in the columns of `predict_job.SCHEMA`.
+    """Answers of the floors to all questions of `split`, in the columns of `answers.SCHEMA`.
 
     Only users with questions in `train_split` are learned from, and of an answered user only that user's own history.
 
@@ -46,9 +43,7 @@ def predict_floors(
     Raises:
         DataError: where scikit-learn is missing, or a task has no examples to learn from.
     """
-    from proper_ds.evaluation.predict_job import SCHEMA
-
-    assert set(methods) <= FLOORS.keys(), methods
+    assert set(methods) <= set(FLOORS), methods
     parts: dict[str, list[pa.Table]] = {method: [] for method in methods}
     rows: dict[str, list[dict[str, object]]] = {method: [] for method in methods}
 

@@ -161,6 +161,10 @@ ADAPTER_SETS = tuple(dict.fromkeys(method.adapter_set for method in METHODS.valu
 """Names of all sets of users' adapters, which every lane has of its own."""
 
 
+FLOORS = tuple(name for name, method in METHODS.items() if method.kind == "floor")
+"""Methods without a language model: what every other one must beat."""
+
+
 @dataclass(frozen=True)
 class LaneNeeds:
     """What the methods of one lane need trained, in order.

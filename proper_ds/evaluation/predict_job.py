@@ -67,7 +67,6 @@ class PredictJob:
         names = sorted({*config.user.lora.target_modules, *config.group.lora.target_modules, *self._of_plora()})
         self._model = PersonalModel(lm, find_targets(lm, names))
         self._addition: tuple[str, Addition] | None = None  # of one method at a time: they take room on the device
-        self._asked: tuple[tuple[str, int], list[Question]] = ("", -1), []
 
     def _of_plora(self) -> list[str]:
         """Modules that PLoRA adapts, where it is asked for."""
@@ -79,7 +78,7 @@ class PredictJob:
         start_s = time.perf_counter()
         method = self._methods[unit.part.removeprefix("predictions/")]
         context = self._lanes.context(method.lane)
-        questions = self._questions(context, unit)
+        questions = list(_questions_of(context, unit))
         self._lanes.wear(method.lane if method.population else None)
         addition = self._addition_of(method, context)
         rows: list[dict[str, Any]] = []
@@ -99,13 +98,6 @@ class PredictJob:
             self._addition = None  # the old one goes before the new one comes
             self._addition = (method.name, addition_of(method, context))
         return self._addition[1]
-
-    def _questions(self, context: RunContext, unit: UserRange) -> list[Question]:
-        """The unit's questions under the lane's prompts; those of the last unit asked for are at hand."""
-        asked = (context.lane, unit.first)
-        if self._asked[0] != asked:
-            self._asked = asked, list(_questions_of(context, unit))
-        return self._asked[1]
 
     def _answer(
         self, context: RunContext, addition: Addition, task: TaskManifest, questions: list[Question]

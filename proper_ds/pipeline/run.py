@@ -176,11 +176,8 @@ class Run:
         seconds = time.perf_counter() - start_s
         if missing[0].where != "ranks":  # ranks commit each of their stages themselves
             for stage in missing:
-                place, own_s = (
-                    self.folder.stage(stage.name),
-                    self._steps.unit_seconds.get(stage.name, seconds / len(missing)),
-                )
-                place.commit(stage.fingerprint, stage.settings, own_s, stage.made_from)
+                own_s = self._steps.unit_seconds.get(stage.name, seconds / len(missing))
+                self.folder.stage(stage.name).commit(stage.fingerprint, stage.settings, own_s, stage.made_from)
         self.metrics.log(step, event="done", seconds=seconds)
         get_logger().info("%s: done in %.1f s", what, seconds)
 

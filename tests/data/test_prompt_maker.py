@@ -10,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proper_ds.data.background import Background
-from proper_ds.data.config import DataConfig
 from proper_ds.data.manifest import TaskManifest
-from proper_ds.data.prepare import prepare
-from proper_ds.data.prepared import PreparedData
 from proper_ds.data.profiles import Profiles, unit_path, write_unit
 from proper_ds.data.prompt_maker import PromptMaker, maker_for
 from proper_ds.data.prompts import PromptEncoder, history_prompt
@@ -169,20 +166,6 @@ def test_items_without_room_beside_a_profile_are_counted(tokenizer):
     assert found.startswith("About this person: ")
     assert "is the title for" not in found
     assert maker.shortage == "no_items"
-
-
-@pytest.fixture
-def prepared(tmp_path):
-    def question(n, split):
-        profile = [{"id": f"h{n}{k}", "text": f"film {n} {k}", "score": str(1 + k % 5)} for k in range(n)]
-        return {"id": f"{split}{n}", "user_id": f"u{n}", "input": f"scale 1 to 5? review: new {n}", "profile": profile}
-
-    for split, users in (("train", (1, 2, 3)), ("dev", (4, 0))):
-        write_json(tmp_path / "in" / f"{split}_questions.json", [question(n, split) for n in users])
-        golds = [{"id": f"{split}{n}", "output": "3"} for n in users]
-        write_json(tmp_path / "in" / f"{split}_outputs.json", {"task": "LaMP_3", "golds": golds})
-    prepare(DataConfig(path=str(tmp_path / "in")), tmp_path / "prepared")
-    return PreparedData(tmp_path / "prepared")
 
 
 def test_plain_prompts_are_the_items_and_questions_as_they_stand(prepared, tokenizer, tmp_path):

@@ -10,9 +10,7 @@ import torch
 
 from proper_ds.data.batches import collate
 from proper_ds.distributed.apart import AdamSettings
-from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.distributed.ds_config import resolve_ds
-from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import current_ranks
 from proper_ds.distributed.user_table import NAME, ShardedTable
 from proper_ds.model.adapted import PersonalModel
@@ -26,8 +24,8 @@ from proper_ds.training.persona_inputs import with_personal
 from proper_ds.training.plora import PloraModule
 from proper_ds.training.pplug import PplugModule
 from proper_ds.training.rank_batch import RankBatch
-from proper_ds.training.rank_stage import load_trained
 from tests.distributed.gang import run_ranks
+from tests.distributed.steps import train_steps
 from tests.fakes import random_examples, tiny_llama
 
 NUM_STEPS, NUM_PARTS, PER_PART, NUM_USERS, SIZE = 4, 4, 2, 6, 5
@@ -107,20 +105,11 @@ def train_ranks(kind, zero, start, stop, folder):
         own = {"spread": 0.0, "rate_ratio": RATIO}
         apart.append(ShardedTable(1 + NUM_USERS, SIZE, 0, ranks, AdamSettings.of(ds_config), **own))
     module = make_module(kind, apart[0] if apart else None)
-    checkpoints = Checkpoints(Path(folder), "inputs", 1)
-    checkpoint = checkpoints.latest(ranks) if start else None
-    if checkpoint is not None:
-        load_trained(module, checkpoint.tensors)
-    engine = RankEngine(module, ds_config, ranks, apart)
-    losses = []
-    for step in range(start, stop):
-        batches = [make_batch(kind, step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
-        if step == start and checkpoint is not None:
-            engine.restore(checkpoint, batches[0])
-        losses.append(ranks.sum([engine.step(batches, RATE)["ce"]])[0])
-    checkpoints.save(stop, engine.state(), engine.shards(), {}, ranks)
-    engine.close()
-    return losses, checkpoints.latest(ranks).weights()
+
+    def batches_of(step):
+        return [make_batch(kind, step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
+
+    return train_steps(module, ds_config, ranks, Path(folder), range(start, stop), batches_of, RATE, apart)
 
 
 def all_stages(kind, stages, folder):

@@ -7,19 +7,17 @@ import pytest
 import torch
 
 from proper_ds.data.batches import collate
-from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.distributed.ds_config import resolve_ds
-from proper_ds.distributed.engine import RankEngine
 from proper_ds.distributed.ranks import current_ranks
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.config import LoraSettings
 from proper_ds.model.lora import LoraLayout
 from proper_ds.training.config import StartConfig, UserConfig
-from proper_ds.training.rank_stage import load_trained
 from proper_ds.training.slots import UserTask
 from proper_ds.training.start import StartBatch, StartModule
 from tests.distributed.gang import run_ranks
+from tests.distributed.steps import train_steps
 from tests.fakes import random_examples, tiny_llama
 
 NUM_STEPS, NUM_PARTS, RATE = 4, 4, 5e-3
@@ -72,19 +70,11 @@ def train_ranks(zero, start, stop, folder):
     raw = {"zero_optimization": {"stage": zero}}
     ds_config, problems = resolve_ds(raw, "start", settings, ranks.num_ranks, bf16=False, hidden_size=32)
     assert not problems
-    module, checkpoints = make_module(), Checkpoints(folder, "inputs", 1)
-    checkpoint = checkpoints.latest(ranks) if start else None
-    if checkpoint is not None:
-        load_trained(module, checkpoint.tensors)
-    engine, losses = RankEngine(module, ds_config, ranks), []
-    for step in range(start, stop):
-        batches = [make_batch(step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
-        if step == start and checkpoint is not None:
-            engine.restore(checkpoint, batches[0])
-        losses.append(ranks.sum([engine.step(batches, RATE)["ce"]])[0])
-    checkpoints.save(stop, engine.state(), engine.shards(), {}, ranks)
-    engine.close()
-    return losses, checkpoints.latest(ranks).weights()
+
+    def batches_of(step):
+        return [make_batch(step, a * ranks.num_ranks + ranks.rank) for a in range(accumulation)]
+
+    return train_steps(make_module(), ds_config, ranks, folder, range(start, stop), batches_of, RATE)
 
 
 def all_stages(folder):

@@ -14,7 +14,8 @@ from proper_ds.data.prepared import PreparedData
 from proper_ds.errors import DataError
 from proper_ds.evaluation.floor_base import Case, Sample
 from proper_ds.evaluation.floor_linear import RatingFloor
-from proper_ds.evaluation.floors import FLOORS, predict_floors
+from proper_ds.evaluation.floors import predict_floors
+from proper_ds.evaluation.methods import FLOORS
 from proper_ds.evaluation.metrics import metrics_of
 from proper_ds.evaluation.predict_job import SCHEMA
 from tests.evaluation.crafted import RATINGS

@@ -69,7 +69,7 @@ def job(tmp_path, monkeypatch):
     made._methods, made._model, made._addition = METHODS, None, None
     made._lanes = SimpleNamespace(context=lambda lane: context, wear=lambda lane: spend(100))
     asked = [SimpleNamespace(example=SimpleNamespace(task=0))]
-    made._questions = lambda context, unit: spend(100, asked)
+    monkeypatch.setattr(predict_job, "_questions_of", lambda context, unit: spend(100, asked))
     made._answer = lambda context, addition, task, questions: spend(4, [{"task": "t"} for _ in questions])
     return made
 

@@ -105,7 +105,7 @@ class Manifest:
     """By split other than the training split, users whose history holds what only later splits' profiles do."""
     num_taught_as_history: int = 0
     """Questions of the training split that have no answer of their own, because the history holds them."""
-    limits: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, int | dict[str, int]] = field(default_factory=dict)
     """Settings of `data` that left users or items out, for trying things out: `max_users_per_split`,
     `max_history_items`."""
     tune_share: float = 0

@@ -83,6 +83,7 @@ def prepare(
         tasks = _stage(sources, staging, complaints, progress, known.instructions, config.splits)
         if config.max_users_per_split is None:
             staging.complain_of_unused_golds()
+        _check_limits(config, staging)
         converter = Converter(tasks, config, complaints)
         shards, counts = _write_users(staging, converter, out, config.num_users_per_shard, len(known.users), progress)
         _settle(complaints, config, out)
@@ -142,6 +143,15 @@ def _warn_of_history(manifest: Manifest) -> None:
     if manifest.num_before_history:
         text = "%d questions are older than some item of their user's history, which methods will use to answer them"
         log.warning(text, manifest.num_before_history)
+
+
+def _check_limits(config: DataConfig, staging: Staging) -> None:
+    """Refuse limits of splits that are not there: they would limit nothing."""
+    limits = config.max_users_per_split
+    unknown = sorted(limits.keys() - staging.limited_splits) if isinstance(limits, dict) else []
+    if unknown:
+        found = f"; of those named there are: {', '.join(sorted(staging.limited_splits)) or 'none'}"
+        raise DataError(f"data.max_users_per_split: no question is of split {', '.join(unknown)}{found}")
 
 
 def _check_tuning(num_users: int, config: DataConfig) -> None:

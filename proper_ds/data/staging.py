@@ -69,7 +69,11 @@ class Staging:
     """The join on disk; a context manager that removes its file."""
 
     def __init__(
-        self, path: Path, complaints: Complaints, max_users_per_split: int | None, forgotten: Forgotten | None = None
+        self,
+        path: Path,
+        complaints: Complaints,
+        max_users_per_split: int | dict[str, int] | None,
+        forgotten: Forgotten | None = None,
     ) -> None:
         self._path = path
         self._forgotten = forgotten
@@ -158,16 +162,22 @@ class Staging:
         return str(row[0])
 
     def _wanted(self, question: RawQuestion) -> bool:
-        if self._limit is None:
+        limit = self._limit.get(question.split) if isinstance(self._limit, dict) else self._limit
+        if limit is None:
             return True
         key = (question.split, question.user)
         if self._db.execute("SELECT 1 FROM seen WHERE split=? AND user=?", key).fetchone():
             return True
-        if self._num_seen.get(question.split, 0) >= self._limit:
+        if self._num_seen.get(question.split, 0) >= limit:
             return False
         self._num_seen[question.split] = self._num_seen.get(question.split, 0) + 1
         self._db.execute("INSERT INTO seen VALUES (?, ?)", key)
         return True
+
+    @property
+    def limited_splits(self) -> set[str]:
+        """Splits of which a question was found and whose users are limited in number."""
+        return set(self._num_seen)
 
     def complain_of_unused_golds(self) -> None:
         """Every gold answer whose question never came is a bad record."""

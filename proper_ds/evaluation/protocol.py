@@ -126,8 +126,10 @@ def cautions(protocol: dict[str, Any], manifest: Manifest) -> list[str]:
         )
     limits = manifest.limits
     if "max_users_per_split" in limits:
-        about = f"Only the first {limits['max_users_per_split']} users of each split took part"
-        found.append(f"{about} (data.max_users_per_split).")
+        given = limits["max_users_per_split"]
+        of = {"each split": given} if isinstance(given, int) else given
+        about = " and ".join(f"the first {num} users of {split}" for split, num in of.items())
+        found.append(f"Only {about} took part (data.max_users_per_split).")
     if "max_history_items" in limits:
         about = f"Of each history only the newest {limits['max_history_items']} items were used"
         found.append(f"{about} (data.max_history_items).")

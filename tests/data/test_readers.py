@@ -251,6 +251,9 @@ def test_max_users_per_split(lamp_folder, tmp_path):
     golds = [{"id": str(n), "output": "sports"} for n in range(5)]
     folder = lamp_folder([news(n, f"u{n // 2}") for n in range(5)], golds)
     assert run(folder, tmp_path / "out", max_users_per_split=2).keys() == ["u0", "u1"]
+    assert run(folder, tmp_path / "one", max_users_per_split={"train": 1}).keys() == ["u0"]
+    with pytest.raises(DataError, match="no question is of split tset"):
+        run(folder, tmp_path / "none", max_users_per_split={"train": 1, "tset": 1})
 
 
 def test_max_history_items_keeps_the_newest(lamp_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Writes a study's tables: results.json with every number, results.md and results.html for people.
+"""Writes a study's tables: results.json with every number, results.md, results.html and figures for people.
 
 `runner.py` calls `write_results` with the runs that are finished, however few.
 """
@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,20 @@ from proper_ds.study.rows import Table, notes_of, tables_of
 NAME = "results"
 
 
+@dataclass(frozen=True)
+class Plot:
+    """One plot: the name of its file, what stands above it, and the SVG."""
+
+    name: str
+    title: str
+    svg: str
+
+    @property
+    def file(self) -> str:
+        """Where it lies, as seen from the tables."""
+        return f"figures/{self.name}.svg"
+
+
 def write_results(runs: Sequence[FinishedRun], folder: Path, command: str) -> None:
     """Write the study's tables from the runs that are finished, which may be some of them, or none.
 
@@ -31,9 +46,12 @@ def write_results(runs: Sequence[FinishedRun], folder: Path, command: str) -> No
         command: what makes the study again, for its readers.
     """
     results = results_of(runs, folder) | {"made_by": command, "missing": _missing(folder)}
-    tables = tables_of(results)
-    write_text_atomic(folder / f"{NAME}.html", _html(results, tables, _gains(runs, results)))
-    write_text_atomic(folder / f"{NAME}.md", _markdown(results, tables))
+    tables, plots = tables_of(results), [*_costs(results), *_gains(runs, results)]
+    for plot in plots:
+        (folder / plot.file).parent.mkdir(exist_ok=True)
+        write_text_atomic(folder / plot.file, plot.svg.rstrip() + "\n")
+    write_text_atomic(folder / f"{NAME}.html", _html(results, tables, plots))
+    write_text_atomic(folder / f"{NAME}.md", _markdown(results, tables, plots))
     write_json_atomic(folder / f"{NAME}.json", results)
 
 
@@ -46,7 +64,7 @@ def _missing(folder: Path) -> list[str]:
     return ["/".join(Path(run["folder"]).parts[-2:]) for run in state["runs"] if run["state"] != "done"]
 
 
-def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
+def _markdown(results: dict[str, Any], tables: Sequence[Table], plots: Sequence[Plot]) -> str:
     parts = ["# proper_ds study", "", *(f"- {line}" for line in notes_of(results)), ""]
     for table in tables:
         rows = [
@@ -55,26 +73,32 @@ def _markdown(results: dict[str, Any], tables: Sequence[Table]) -> str:
         ]
         parts += [f"## {table.title}", "", markdown_table(table.header, rows), ""]
         parts += [table.caption, ""]
+    for plot in plots:
+        parts += [f"## {plot.title}", "", f"![{plot.title}]({plot.file})", ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _html(results: dict[str, Any], tables: Sequence[Table], gains: Sequence[tuple[str, str]]) -> str:
+def _html(results: dict[str, Any], tables: Sequence[Table], plots: Sequence[Plot]) -> str:
     notes = "".join(f"<li>{escape(line)}</li>" for line in notes_of(results))
     parts = ["<h1>proper_ds study</h1>", f"<ul>{notes}</ul>"]
     for table in tables:
         parts += [f"<h2>{escape(table.title)}</h2>", html_table(table.header, table.rows, table.best)]
         parts.append(f"<p class='small'>{escape(table.caption)}</p>")
-    for cost, label in (("bytes_per_user", "bytes a user"), ("train_seconds", "training seconds")):
-        svg = quality_against(results, cost, label)
-        parts += [f"<h2>Quality against {label}</h2>", f"<figure>{svg}</figure>"] if svg else []
-    for title, svg in gains:
-        parts += [f"<h2>{escape(title)}</h2>", f"<figure>{svg}</figure>"]
+    for plot in plots:
+        parts += [f"<h2>{escape(plot.title)}</h2>", f"<figure>{plot.svg}</figure>"]
     return page("proper_ds study", parts)
 
 
-def _gains(runs: Sequence[FinishedRun], results: dict[str, Any]) -> list[tuple[str, str]]:
-    """(title, plot) of the best methods' gains by history length, for each task of the first seed's run."""
-    found = []
+def _costs(results: dict[str, Any]) -> Iterator[Plot]:
+    """Quality against what it costs."""
+    for cost, label in (("bytes_per_user", "bytes a user"), ("train_seconds", "training seconds")):
+        svg = quality_against(results, cost, label)
+        if svg:
+            yield Plot(f"quality-{cost.replace('_', '-')}", f"Quality against {label}", svg)
+
+
+def _gains(runs: Sequence[FinishedRun], results: dict[str, Any]) -> Iterator[Plot]:
+    """The best methods' gains by history length, for each task of the first seed's run."""
     for name, column in results["columns"].items():
         wanted = (column["task"], results["baseline"])
         run = next((r for r in runs if (r.task, r.variant) == wanted and column["inner"] in r.report["tasks"]), None)
@@ -84,5 +108,6 @@ def _gains(runs: Sequence[FinishedRun], results: dict[str, Any]) -> list[tuple[s
             continue
         others = [method for method in ranking(run.report, inner) if method != rival][:NUM_PLOTTED]
         svg = gain_by_history(run.report["tasks"][inner], main_metric(run.report, inner), rival, others)
-        found += [(f"{name}: gain over {rival} by history length, the best methods", svg)] if svg else []
-    return found
+        if svg:
+            title = f"{name}: gain over {rival} by history length, the best methods"
+            yield Plot(f"gain-{name.replace('/', '-')}", title, svg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -60,6 +61,9 @@ def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(fini
     assert results["made_by"] == COMMAND
     assert f"Made by `{COMMAND}` from 2 runs" in text
     assert (tmp_path / "results.html").read_text().count("<svg") >= 3
+    linked = re.findall(r"\]\((figures/.*\.svg)\)", text)
+    assert len(linked) >= 3
+    assert all((tmp_path / name).read_text().startswith("<svg") for name in linked)
 
 
 def test_methods_that_learned_from_those_who_are_asked_are_marked(finish, tmp_path):

@@ -29,7 +29,7 @@ install-dev: .venv/installed-dev
 	$(PIP) setuptools wheel
 	$(PIP) torch
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	$(PIP) --no-build-isolation -e .
+	$(PIP) --no-build-isolation -e '.[floors]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -14,7 +14,13 @@ from proper_ds.data.recipe import recipe_problems
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.distributed.ds_config import read_ds_file, resolve_ds, zero_stage
 from proper_ds.errors import Problem
-from proper_ds.evaluation.method_checks import check_adapter_sets, check_rivals, check_set_values, check_start
+from proper_ds.evaluation.method_checks import (
+    check_adapter_sets,
+    check_floors,
+    check_rivals,
+    check_set_values,
+    check_start,
+)
 from proper_ds.evaluation.methods import METHODS, all_methods, changed_recipe, methods_of, needs_of
 from proper_ds.model.config import BaseConfig
 from proper_ds.section import is_changed
@@ -322,9 +328,7 @@ def _methods(config: RunConfig) -> list[Problem]:
         if is_changed(config.joint, name):
             mend = "Remove it, or add proper-joint to evaluation.methods."
             problems.append(Problem(f"joint.{name}", "has no effect without method proper-joint", mend))
-    if not needs.floors and is_changed(evaluation, "max_floor_examples"):
-        mend = "Remove it, or add own-habit, words or words+own to evaluation.methods."
-        problems.append(Problem("evaluation.max_floor_examples", "has no effect without such methods", mend))
+    problems += check_floors(config)
     for name in evaluation.references or ():
         if name not in evaluation.methods:
             mend = f"Add it there, or compare with some of {', '.join(evaluation.methods)}."

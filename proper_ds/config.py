@@ -141,7 +141,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [Problem("(file)", wrong, "Mend the YAML there.")]) from None
     if not isinstance(raw, dict):
         raise ConfigError(str(path), [Problem("(file)", "holds no mapping", "Begin with `output_dir: runs/NAME`.")])
-    return raw
+    own: dict[str, Any] = _unshared(raw)
+    return own
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML's anchors share is several values: an override of one is none of the others."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:

@@ -197,6 +197,22 @@ def split_lane(name: str) -> tuple[str, str]:
     return own, lane
 
 
+def base_under(root: Path, name: str) -> tuple[str, str | None]:
+    """(base, revision) under the population adapter of the lane that a set or a level is of.
+
+    It is what the population was trained for, whatever the run's YAML says by now.
+
+    Raises:
+        UserError: where the run has no such population adapter.
+    """
+    adapter = root / in_lane("population", split_lane(name)[1]) / "adapter"
+    made_for = _read(adapter / "adapter_config.json")
+    if made_for is None:
+        raise UserError(f"{root} has no {adapter.relative_to(root)}, on which {name} was trained")
+    base = str(root / "base") if (root / "base").exists() else str(made_for["base_model_name_or_path"])
+    return base, made_for["revision"]
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

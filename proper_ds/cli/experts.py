@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from proper_ds.errors import AdapterError
+from proper_ds.run_folder import base_under
 
 
 def experts(
     numbers: Annotated[list[int] | None, typer.Argument(help="Which experts, from 0; all unless given.")] = None,
     run: Annotated[Path, typer.Option(help="The run's folder.")] = Path(),
-    preset: Annotated[str, typer.Option(help="proper or proper-released.")] = "proper",
+    preset: Annotated[str, typer.Option(help="proper or proper-released, or NAME@LANE.")] = "proper",
     out: Annotated[Path, typer.Option(help="Where to write; one folder an expert.")] = Path("experts"),
 ) -> None:
-    """Write group experts as PEFT directories, for the base with `population/adapter` merged in.
+    """Write group experts as PEFT directories, for the base with `population/adapter` merged in (of a lane, its own).
 
     The group stage does so itself where there are at most 64.
     """
@@ -33,9 +33,8 @@ def experts(
     wrong = [number for number in chosen if not 0 <= number < level.num_experts]
     if wrong:
         raise AdapterError(f"there is no expert {wrong[0]}: {preset} has 0 to {level.num_experts - 1}")
-    made_for = json.loads((run / "population/adapter/adapter_config.json").read_text(encoding="utf-8"))
-    base = str(run / "base") if (run / "base").exists() else made_for["base_model_name_or_path"]
-    idle = write_experts(level, out, chosen, base, made_for["revision"])
+    base, revision = base_under(run, preset)
+    idle = write_experts(level, out, chosen, base, revision)
     for number in idle:
         typer.echo(f"expert {number} has no effect and is not written")
     typer.echo(f"{len(chosen) - len(idle)} experts of {level.layout.num_parameters:,} numbers each: {out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ app.command()(forget)
 
 User = Annotated[str, typer.Argument(help="The user's key, as in the data.")]
 Run = Annotated[Path | None, typer.Option(help="The run's folder.")]
-Set = Annotated[str, typer.Option(help="Which adapters of the run: OPPU, proper, proper-released or proper-joint.")]
+Set = Annotated[str, typer.Option(help="Which adapters: OPPU, proper, proper-released or proper-joint, or NAME@LANE.")]
 Store = Annotated[str | None, typer.Option(help="A store outside a run: a folder or an fsspec URI.")]
 
 
@@ -120,19 +119,19 @@ def get(
 ) -> None:
     """Write a user's own LoRA as a PEFT directory.
 
-    It goes on top of the base with `population/adapter` merged in; in the sets `proper` and `proper-released` it was
-    fitted with that run's group experts in place, which no PEFT directory can hold.
+    It goes on top of the base with `population/adapter` merged in (of a set NAME@LANE, `population@LANE/adapter`); in
+    the sets `proper` and `proper-released` it was fitted with that run's group experts in place, which no PEFT
+    directory can hold.
     """
     from proper_ds.erasure.exports import export
     from proper_ds.model.adapter_file import peft_config, save_peft
+    from proper_ds.run_folder import base_under
 
     with _kept_to_itself(run):
         row_P, layout = _opened(run, set, None).get_exact(user)
-        # what the population adapter was made for, whatever the run's YAML says by now
-        made_for = json.loads((run / "population/adapter/adapter_config.json").read_text(encoding="utf-8"))
-        base = str(run / "base") if (run / "base").exists() else made_for["base_model_name_or_path"]
+        base, revision = base_under(run, set)
         modules = sorted({module.name.rsplit(".", 1)[-1] for module in layout.modules})
-        config = peft_config(layout, modules, 0.0, base, made_for["revision"])
+        config = peft_config(layout, modules, 0.0, base, revision)
         export(run, user, set, out, lambda folder: save_peft(folder, row_P, layout, config))
     typer.echo(f"adapter of user {user!r} ({layout.num_parameters:,} numbers): {out}")
 

@@ -38,7 +38,8 @@ def sklearn_parts() -> Any:
         import sklearn.linear_model
     except ImportError:
         raise DataError(
-            "the floors `words`, `words+own` need scikit-learn: install proper-ds with its extra `floors`"
+            "the floors `words`, `words+own` need scikit-learn: `pip install scikit-learn`, or take them out of"
+            " evaluation.methods"
         ) from None
     return sklearn
 

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from proper_ds.errors import Problem
-from proper_ds.evaluation.methods import ADAPTER_SETS, needs_of
+from proper_ds.evaluation.methods import ADAPTER_SETS, FLOORS, needs_of
 from proper_ds.model.config import NUM_PERSONAL
 from proper_ds.section import is_changed, problems_of
 from proper_ds.training.config import OPTIMISED, REPLACED, UserConfig
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
+
+
+def check_floors(config: RunConfig) -> list[Problem]:
+    """Everything wrong with methods that need no language model."""
+    evaluation, problems = config.evaluation, []
+    if not needs_of(config).floors and is_changed(evaluation, "max_floor_examples"):
+        mend = f"Remove it, or add {' or '.join(FLOORS)} to evaluation.methods."
+        problems.append(Problem("evaluation.max_floor_examples", "has no effect without such methods", mend))
+    fitted = [name for name in evaluation.methods if name in FLOORS and name != "own-habit"]
+    if fitted and importlib.util.find_spec("sklearn") is None:
+        wrong = f"{', '.join(fitted)} need scikit-learn, which is not installed"
+        problems.append(Problem("evaluation.methods", wrong, "`pip install scikit-learn`, or take them out."))
+    return problems
 
 
 def check_rivals(config: RunConfig) -> list[Problem]:

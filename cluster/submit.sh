@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sends a run to a running Ray cluster:  cluster/submit.sh RUN.yaml [section.key=value ...]
+# Sends a run to a running Ray cluster:  cluster/submit.sh [run|compare|sweep] RUN.yaml [section.key=value ...]
 #
 # Uploads this folder without .git, environments, runs and caches; paths in the YAML and the overrides are taken from
 # here, so data, base and output must be on storage that the cluster's nodes see under the same path.
@@ -9,6 +9,9 @@
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
+command=run
+case $1 in run | compare | sweep) command=$1; shift ;; esac
+[ $# -ge 1 ] || { echo "submit: give the YAML after $command" >&2; exit 2; }
 yaml=$1; shift
 [ -f "$yaml" ] || { echo "submit: $yaml is no file" >&2; exit 2; }
 yaml=$(realpath --relative-to="$root" "$yaml")
@@ -31,10 +34,10 @@ PY
 )
 size=$(cd "$root" && tar -c --exclude=./.git --exclude=./.venv --exclude=./runs --exclude='__pycache__' \
   --exclude='.*_cache' --exclude=.hypothesis --exclude='*.egg-info' --exclude=./tests --exclude=./docs . | wc -c)
-command=(ray job submit --address "$address" --working-dir "$root" --runtime-env-json "$runtime_env" --
-  "$python" -m proper_ds run "$yaml" "$@")
+job=(ray job submit --address "$address" --working-dir "$root" --runtime-env-json "$runtime_env" --
+  "$python" -m proper_ds "$command" "$yaml" "$@")
 echo "upload: about $((size / 1024)) kB from $root"
-echo "command:$(printf ' %q' "${command[@]}")"
+echo "command:$(printf ' %q' "${job[@]}")"
 [ -z "${DRY_RUN:-}" ] || exit 0
 command -v ray > /dev/null || { echo "submit: no \`ray\` on PATH; try PATH=$root/.venv/bin:\$PATH" >&2; exit 2; }
-exec "${command[@]}"
+exec "${job[@]}"

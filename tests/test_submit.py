@@ -32,6 +32,8 @@ def test_it_sends_little_and_the_same_command():
     command = shlex.split(done.stdout.split("command:")[1])
     assert command[:5] == ["ray", "job", "submit", "--address", "http://head:1"]
     assert command[-5:] == ["-m", "proper_ds", "run", "cluster/runs/quickstart_cpu.yaml", "seed=7"]
+    sent = submit("compare", "cluster/studies/groups_cpu.yaml").stdout
+    assert shlex.split(sent.split("command:")[1])[-2:] == ["compare", "cluster/studies/groups_cpu.yaml"]
     about = json.loads(command[command.index("--runtime-env-json") + 1])
     assert {"/.git", "/.venv", "/runs"} <= set(about["excludes"]), "anchored: cluster/runs must go along"
     assert about["env_vars"]["PROPER_DS_ROOT"] == str(REPO)
@@ -47,6 +49,7 @@ def test_it_refuses_what_it_cannot_send(tmp_path):
     assert refused.returncode == 2
     assert "must lie inside" in refused.stderr
     assert submit().returncode == 2
+    assert submit("sweep").returncode == 2
 
 
 def test_whatever_the_readme_and_make_name_is_part_of_the_project():

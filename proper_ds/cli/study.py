@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,14 @@ from proper_ds.cli.run import LOG_WIDTH, Overrides
 from proper_ds.observe.progress import ProgressView
 from proper_ds.study.load import load_study, load_sweep
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all configurations and list them; run nothing.")]
+
 
 def compare(
     yaml: Annotated[Path, typer.Argument(help="The study's YAML.")],
     overrides: Overrides = None,
     again: Annotated[bool, typer.Option("--again", help="Read test users for another configuration, too.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run tasks x variants x seeds, each a normal run, and put them into one table."""
     study = load_study(yaml, overrides or ())
@@ -29,6 +33,9 @@ def compare(
     from proper_ds.study.runner import raise_for
 
     planned, shown = plan_runs(study, str(yaml)), console()
+    if dry_run:
+        _list("runs", [(run.name, run.config.output_path) for run in planned])
+        return
     command = shlex.join(["proper-ds", "compare", str(yaml), *(overrides or ()), *(["--again"] if again else [])])
     finished, failures = run_study(study, planned, ProgressView(shown), again, command)
     for run in finished:
@@ -41,6 +48,7 @@ def compare(
 def sweep(
     yaml: Annotated[Path, typer.Argument(help="The sweep's YAML.")],
     overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Try values of a run's configuration on dev users and write down the best."""
     config = load_sweep(yaml, overrides or ())
@@ -48,11 +56,21 @@ def sweep(
     from proper_ds.study.sweep import sweep as run_sweep
     from proper_ds.study.trials import plan_trials
 
-    trial, score = run_sweep(config, plan_trials(config, str(yaml)), ProgressView(console()))
+    trials = plan_trials(config, str(yaml))
+    if dry_run:
+        _list("trials", [(trial.name, ", ".join(f"{k}={v}" for k, v in trial.overrides.items())) for trial in trials])
+        return
+    trial, score = run_sweep(config, trials, ProgressView(console()))
     typer.echo(f"best of {config.objective.split}: {score.metric} of {score.method} {score.value:.4f}")
     for key, value in trial.overrides.items():
         typer.echo(f"  {key}: {value}")
     typer.echo(f"{Path(config.output_dir) / BEST}, for `chosen_by` of the run that takes it")
+
+
+def _list(what: str, rows: Sequence[tuple[str, object]]) -> None:
+    for name, about in rows:
+        typer.echo(f"{name}: {about}")
+    typer.echo(f"{len(rows)} {what}, all of them legal; nothing was run")
 
 
 def show_tables(folder: Path, shown: Console) -> None:

@@ -26,6 +26,10 @@ _KEYS = {
     "suffix": "base.prompt_suffix",
     "max_length": "base.max_length",
     "prompt_suffix": "base.prompt_suffix",
+    # who is needed, where user.users is `needed`
+    "splits": "evaluation.split",
+    "router_users": "router.users, router.max_users (with a LoRA-aware router in evaluation.methods)",
+    "num_anchors": "merge.num_anchors",
 }
 _MEND = "Put it back, or train everything anew without user.only_changed."
 

@@ -8,7 +8,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from proper_ds.cli import app
 from proper_ds.config import load_config
 from proper_ds.errors import ConfigError
 from proper_ds.study.load import load_study, load_sweep
@@ -36,6 +38,16 @@ def test_tasks_variants_and_seeds_each_have_a_folder(tmp_path):
     assert runs[2].config.group.lora.r == 8
     assert runs[2].config.group.lora.lora_alpha == 8, "the rest of the section stays"
     assert all(run.config.output_path.is_relative_to(tmp_path / "study") for run in runs)
+
+
+def test_a_dry_run_lists_the_runs_and_makes_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROPER_DS_ROOT", str(REPO))
+    path = write_study(tmp_path, tasks={"films": None, "books": None})
+    shown = CliRunner().invoke(app, ["compare", str(path), "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "films/main: " in shown.output
+    assert "2 runs, all of them legal" in shown.output
+    assert not (tmp_path / "study").exists()
 
 
 def test_factors_vary_one_at_a_time_or_all_together(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,8 +237,7 @@ def notes_of(results: Results) -> list[str]:
     same = [method for method in results["ablations"] if not _is_changed(results, method)]
     if same:
         lines.append(f"No variant changed an answer of {', '.join(same)}.")
-    protocols = [run["protocol"] for run in results["runs"]]
-    about = sorted({f"split {one['split']}, {one['name']}, base {one['base']}" for one in protocols})
+    about = _by_task(results, lambda run: ["split {split}, {name}, base {base}".format_map(run["protocol"])])
     lines += [f"Protocol: {line}." for line in about]
     generated = [name for name, column in results["columns"].items() if column["generated"]]
     if generated:
@@ -247,5 +247,17 @@ def notes_of(results: Results) -> list[str]:
         lines.append(f"Configurations that had read the test users when a run did, itself among them: {reads}.")
     chosen = sorted({choice["path"] for run in results["runs"] for choice in run["chosen_by"]})
     lines += [f"Settings chosen by {path}." for path in chosen]
-    cautions = dict.fromkeys(line for run in results["runs"] for line in run["cautions"])
-    return lines + [f"Not comparable: {line}" for line in cautions]
+    return lines + [f"Not comparable: {line}" for line in _by_task(results, lambda run: run["cautions"])]
+
+
+def _by_task(results: Results, lines_of: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """What is to be told of runs, each line once, with the tasks that it is about unless these are all."""
+    tasks_of: dict[str, dict[str, None]] = {}
+    for run in results["runs"]:
+        for line in lines_of(run):
+            tasks_of.setdefault(line, {})[run["task"]] = None
+    num_tasks = len({run["task"] for run in results["runs"]})
+    return [
+        line if len(tasks) == num_tasks or line.startswith(f"{next(iter(tasks))}: ") else f"{', '.join(tasks)}: {line}"
+        for line, tasks in tasks_of.items()
+    ]

@@ -61,6 +61,7 @@ def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(fini
     assert results["made_by"] == COMMAND
     assert f"Made by `{COMMAND}` from 2 runs" in text
     assert (tmp_path / "results.html").read_text().count("<svg") >= 3
+    assert all(note.count("not LaMP's own data") <= 1 for note in text.splitlines()), "each caution on a line of its own"
     linked = re.findall(r"\]\((figures/.*\.svg)\)", text)
     assert len(linked) >= 3
     assert all((tmp_path / name).read_text().startswith("<svg") for name in linked)

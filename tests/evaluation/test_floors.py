@@ -120,7 +120,7 @@ def test_missing_scikit_learn_is_said(tmp_path, monkeypatch):
     prepared = population(tmp_path / "in", DEV)
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     assert answers(prepared, ["own-habit"])
-    with pytest.raises(DataError, match="extra `floors`"):
+    with pytest.raises(DataError, match="pip install scikit-learn"):
         answers(prepared, ["words"])
 
 

@@ -209,8 +209,10 @@ def base_under(root: Path, name: str) -> tuple[str, str | None]:
     made_for = _read(adapter / "adapter_config.json")
     if made_for is None:
         raise UserError(f"{root} has no {adapter.relative_to(root)}, on which {name} was trained")
-    base = str(root / "base") if (root / "base").exists() else str(made_for["base_model_name_or_path"])
-    return base, made_for["revision"]
+    base = Path(made_for["base_model_name_or_path"])
+    if base.name == "base" and base.is_absolute() and not base.exists() and (root / "base").exists():
+        return str(root / "base"), made_for["revision"]  # the run made it, and its folder has been moved since
+    return str(made_for["base_model_name_or_path"]), made_for["revision"]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

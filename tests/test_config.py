@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -211,14 +210,6 @@ def test_an_override_of_one_place_of_an_anchor_leaves_the_others(load):
     text = yaml.safe_dump(GOOD) + "population: &shared {max_steps: 5}\ngroup: *shared\n"
     config = load(text, "population.max_steps=7")
     assert (config.population.max_steps, config.group.max_steps) == (7, 5)
-
-
-def test_floors_ask_for_scikit_learn_before_anything_runs(load, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    found = problems(load, "evaluation.methods=[own-habit, words, population]")
-    assert "words need scikit-learn" in found["evaluation.methods"]
-    assert "pip install" in found["evaluation.methods"]
-    load(GOOD, "evaluation.methods=[own-habit, population]")
 
 
 def test_learning_rates_may_be_written_as_people_write_them():

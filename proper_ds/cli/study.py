@@ -29,10 +29,12 @@ def compare(
     """Run tasks x variants x seeds, each a normal run, and put them into one table."""
     study = load_study(yaml, overrides or ())
     from proper_ds.study.plan import plan_runs
+    from proper_ds.study.runner import check_test_reads, raise_for
     from proper_ds.study.runner import compare as run_study
-    from proper_ds.study.runner import raise_for
 
     planned, shown = plan_runs(study, str(yaml)), console()
+    if not again:
+        check_test_reads(planned)
     if dry_run:
         _list("runs", [(run.name, run.config.output_path) for run in planned])
         return

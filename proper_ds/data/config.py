@@ -46,7 +46,7 @@ class DataConfig(Section):
     """This share of the training split's users, chosen by their keys, become split `tune`: choices (epochs, rank, which
     router) can be made on them, so that dev users are looked at once. Their questions are not trained on. Refused where
     some of them are asked in another split, too."""
-    max_users_per_split: PositiveInt | dict[str, PositiveInt] | None = None
+    max_users_per_split: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] | None = None
     """Use only the first so many users of each split, or, by split, of those that are named: for trying things out."""
     max_history_items: int | None = Field(default=None, ge=1)
     """Keep each user's newest so many history items of a task only, for whatever method: for trying things out."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from proper_ds.data.config import DataConfig
+from proper_ds.data.config import TUNE, DataConfig
 from proper_ds.data.convert import Converter, SourceTask
 from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.instruction import SharedBeginning
@@ -81,8 +81,7 @@ def prepare(
     ):
         staging.seat(known.users)
         tasks = _stage(sources, staging, complaints, progress, known.instructions, config.splits)
-        if config.max_users_per_split is None:
-            staging.complain_of_unused_golds()
+        staging.complain_of_unused_golds()
         _check_limits(config, staging)
         converter = Converter(tasks, config, complaints)
         shards, counts = _write_users(staging, converter, out, config.num_users_per_shard, len(known.users), progress)
@@ -148,10 +147,14 @@ def _warn_of_history(manifest: Manifest) -> None:
 def _check_limits(config: DataConfig, staging: Staging) -> None:
     """Refuse limits of splits that are not there: they would limit nothing."""
     limits = config.max_users_per_split
-    unknown = sorted(limits.keys() - staging.limited_splits) if isinstance(limits, dict) else []
+    unknown = sorted(limits.keys() - staging.splits) if isinstance(limits, dict) else []
     if unknown:
-        found = f"; of those named there are: {', '.join(sorted(staging.limited_splits)) or 'none'}"
-        raise DataError(f"data.max_users_per_split: no question is of split {', '.join(unknown)}{found}")
+        read = ", as data.splits says" if config.splits else ""
+        tuned = f" (`{TUNE}` is a part of {config.train_split!r})" if TUNE in unknown and config.tune_share else ""
+        raise DataError(
+            f"data.max_users_per_split: no question is of split {', '.join(unknown)}{tuned}; read were"
+            f" {', '.join(sorted(staging.splits)) or 'none'}{read}. Limit those, or leave the others out"
+        )
 
 
 def _check_tuning(num_users: int, config: DataConfig) -> None:

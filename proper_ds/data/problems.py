@@ -43,7 +43,7 @@ class Complaint:
     def __str__(self) -> str:
         """One line for people."""
         where = f"{self.file}, record {self.record}" if self.record else self.file
-        named = f" (id {self.id})" if self.id else ""
+        named = f" (id {self.id})" if self.id else f" (user {self.user})" if self.user else ""
         return f"{where}{named}: {self.reason}"
 
 

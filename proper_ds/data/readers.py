@@ -51,8 +51,9 @@ def made(
         try:
             yield make(value, str(path), position, split)
         except BadRecord as reason:
-            key = optional_text(value, "id", "user_id", "person_id") if isinstance(value, dict) else ""
-            complain(Complaint("bad", str(path), position, key, str(reason)))
+            known = value if isinstance(value, dict) else {}
+            named, user = optional_text(known, "id"), optional_text(known, "user_id", "user", "person_id")
+            complain(Complaint("bad", str(path), position, named, str(reason), user))
 
 
 def made_several(

@@ -81,6 +81,8 @@ class Staging:
         self._complaints = complaints
         self._limit = max_users_per_split
         self._num_seen: dict[str, int] = {}
+        self.splits: set[str] = set()
+        """Splits of which a question was found."""
         path.unlink(missing_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-65536;")
@@ -124,6 +126,7 @@ class Staging:
 
     def add_question(self, source: int, question: RawQuestion, gold_expected: bool) -> None:
         """Keep one question and its user's history; complains of repeated ids and missing golds."""
+        self.splits.add(question.split)
         gold = question.gold
         if gold_expected:
             gold = self._take_gold(source, question)
@@ -173,11 +176,6 @@ class Staging:
         self._num_seen[question.split] = self._num_seen.get(question.split, 0) + 1
         self._db.execute("INSERT INTO seen VALUES (?, ?)", key)
         return True
-
-    @property
-    def limited_splits(self) -> set[str]:
-        """Splits of which a question was found and whose users are limited in number."""
-        return set(self._num_seen)
 
     def complain_of_unused_golds(self) -> None:
         """Every gold answer whose question never came is a bad record."""

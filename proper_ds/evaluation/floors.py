@@ -87,8 +87,17 @@ def question_text(task: TaskManifest, question: str) -> str:
     return question.removeprefix(task.instruction)
 
 
+def is_fitted(task: TaskManifest, methods: Sequence[str]) -> bool:
+    """Whether a floor of `methods` learns its answers to a task's questions, by scikit-learn."""
+    return bool({"words", "words+own"} & set(methods)) and _kind_of(task) is not TextFloor
+
+
+def _kind_of(task: TaskManifest) -> type[Floor]:
+    return ChoiceFloor if task.lamp_id == "LaMP_1" else _KINDS[task.kind]
+
+
 def _fitted(task: TaskManifest, prepared: PreparedData, train_split: str, seed: int, max_examples: int) -> Floor:
-    kind = ChoiceFloor if task.lamp_id == "LaMP_1" else _KINDS[task.kind]
+    kind = _kind_of(task)
     samples = _drawn(_samples(task, prepared, train_split), max_examples, seed_of("floor samples", task.name, seed))
     cases = _drawn(_cases(task, prepared, train_split), max_examples, seed_of("floor cases", task.name, seed))
     if not samples or (kind is ChoiceFloor and not cases):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,10 +24,6 @@ def check_floors(config: RunConfig) -> list[Problem]:
     if not needs_of(config).floors and is_changed(evaluation, "max_floor_examples"):
         mend = f"Remove it, or add {' or '.join(FLOORS)} to evaluation.methods."
         problems.append(Problem("evaluation.max_floor_examples", "has no effect without such methods", mend))
-    fitted = [name for name in evaluation.methods if name in FLOORS and name != "own-habit"]
-    if fitted and importlib.util.find_spec("sklearn") is None:
-        wrong = f"{', '.join(fitted)} need scikit-learn, which is not installed"
-        problems.append(Problem("evaluation.methods", wrong, "`pip install scikit-learn`, or take them out."))
     return problems
 
 

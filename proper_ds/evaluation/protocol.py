@@ -128,8 +128,8 @@ def cautions(protocol: dict[str, Any], manifest: Manifest) -> list[str]:
     if "max_users_per_split" in limits:
         given = limits["max_users_per_split"]
         of = {"each split": given} if isinstance(given, int) else given
-        about = " and ".join(f"the first {num} users of {split}" for split, num in of.items())
-        found.append(f"Only {about} took part (data.max_users_per_split).")
+        about = " and ".join(f"of {split} only the first {num} users" for split, num in of.items())
+        found.append(f"{about[0].upper()}{about[1:]} took part (data.max_users_per_split).")
     if "max_history_items" in limits:
         about = f"Of each history only the newest {limits['max_history_items']} items were used"
         found.append(f"{about} (data.max_history_items).")

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 KEPT_STEPS = ("base", "population", "group", "start", "router")
 IDLE = ("num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
 """Settings that say how the work is cut, not what is learned: they may change from night to night."""
+NUM_ANCHORS = "num_anchors"
+ROUTER_USERS = "router_users"
+OF_NEEDED = ("splits", ROUTER_USERS, NUM_ANCHORS)
+"""Settings of a set of adapters that say who is needed, where `user.users` is `needed`."""
 _KEYS = {
     "seed": "seed",
     "dtype": "base.dtype",
@@ -26,10 +30,9 @@ _KEYS = {
     "suffix": "base.prompt_suffix",
     "max_length": "base.max_length",
     "prompt_suffix": "base.prompt_suffix",
-    # who is needed, where user.users is `needed`
     "splits": "evaluation.split",
-    "router_users": "router.users, router.max_users (with a LoRA-aware router in evaluation.methods)",
-    "num_anchors": "merge.num_anchors",
+    ROUTER_USERS: "router.users, router.max_users (with a LoRA-aware router in evaluation.methods)",
+    NUM_ANCHORS: "merge.num_anchors",
 }
 _MEND = "Put it back, or train everything anew without user.only_changed."
 
@@ -92,7 +95,12 @@ class Kept:
         kind = "joint" if name.endswith("-joint") else name.partition("/")[0]
         section = {"base": "base.create", "store": "user"}.get(kind, kind)
         before, after = _flat(then), _flat(now)
-        for setting in sorted({*before, *after} - set(IDLE)):
+        idle = set(IDLE)
+        if NUM_ANCHORS not in after:
+            idle.add(NUM_ANCHORS)  # `merged` is evaluated no more, which an update does not bear
+        if before.get("users") != after.get("users"):
+            idle.update(OF_NEEDED)  # what follows from `users` is not to be told besides
+        for setting in sorted({*before, *after} - idle):
             was, given = before.get(setting), after.get(setting)
             if was != given:
                 key = _KEYS.get(setting, f"{section}.{setting}")

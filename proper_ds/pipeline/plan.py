@@ -26,6 +26,7 @@ from proper_ds.data.prompts import PromptEncoder, history_prompt
 from proper_ds.distributed.ds_config import read_ds_file, zero_stage
 from proper_ds.errors import AdapterError, ConfigError, Problem
 from proper_ds.evaluation.floor_base import sklearn_parts
+from proper_ds.evaluation.floors import is_fitted
 from proper_ds.evaluation.methods import needs_of
 from proper_ds.evaluation.protocol import users_of
 from proper_ds.model.base import attention_window, find_targets, load_tokenizer
@@ -102,7 +103,7 @@ def check_inputs(config: RunConfig, prepared: PreparedData, evaluates: bool = Tr
         raise ConfigError("data", problems)
     if needs.merged:
         anchors_among(*_history_and_splits(prepared, config), config)
-    if {"words", "words+own"} & set(needs.floors):
+    if any(is_fitted(task, needs.floors) for task in manifest.tasks.values()):
         sklearn_parts()
     lm = skeleton(config)
     for name in ("population", "group", "user", *(["plora"] if needs.plora else [])):

@@ -23,7 +23,7 @@ from proper_ds.evaluation.test_reads import TestData
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
-from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, Kept
+from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, NUM_ANCHORS, ROUTER_USERS, Kept
 from proper_ds.pipeline.stage import Stage, Where
 from proper_ds.run_folder import RunFolder, in_lane
 from proper_ds.training.config import PROPER_ONLY, learned_by
@@ -59,8 +59,6 @@ TOKENS_VERSION = 2
 """Counts up where the same data makes other prompts than before: 2 cuts them alike whatever their answer."""
 RECIPES_VERSION = 3
 """The same for prompts by recipe: 3 keeps the items that fit where not all do."""
-ROUTER_USERS, NUM_ANCHORS = "router_users", "num_anchors"
-"""Settings of a set of adapters that has users for these only; `steps.py` chooses its users by them."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
 

@@ -27,10 +27,10 @@ from proper_ds.fleet.pool import ray_pool
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
+from proper_ds.pipeline.kept import NUM_ANCHORS, ROUTER_USERS
 from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stage import Stage
-from proper_ds.pipeline.stages import NUM_ANCHORS, ROUTER_USERS
 from proper_ds.run_folder import split_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training import embeddings

@@ -12,6 +12,7 @@ from proper_ds.config import absolute, apply_overrides, read_yaml
 from proper_ds.errors import ConfigError, Problem
 from proper_ds.section import problems_of
 from proper_ds.study.config import OWN_KEYS, Common, StudyConfig, SweepConfig
+from proper_ds.study.merge import merged
 
 Kind = TypeVar("Kind", bound=Common)
 
@@ -30,6 +31,9 @@ def _load(kind: type[Kind], path: Path, overrides: Sequence[str]) -> Kind:
     raw = read_yaml(path)
     if isinstance(raw.get("run"), str):
         raw["run"] = _read_run(str(raw["run"]), path)
+    for key in ("tasks", "variants"):
+        if isinstance(raw.get(key), dict):
+            raw[key] = {name: _nested(changes) for name, changes in raw[key].items()}
     problems = apply_overrides(raw, overrides)
     try:
         config = kind.model_validate(raw)
@@ -38,6 +42,11 @@ def _load(kind: type[Kind], path: Path, overrides: Sequence[str]) -> Kind:
     if problems:
         raise ConfigError(str(path), problems)
     return config.model_copy(update={"output_dir": absolute(config.output_dir)})
+
+
+def _nested(changes: Any) -> Any:
+    """Changes without dotted keys, so that an override finds what it is to change."""
+    return merged(changes) if isinstance(changes, dict) else changes
 
 
 def _named(problem: Problem) -> Problem:

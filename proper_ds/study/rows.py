@@ -258,6 +258,8 @@ def _by_task(results: Results, lines_of: Callable[[dict[str, Any]], list[str]]) 
             tasks_of.setdefault(line, {})[run["task"]] = None
     num_tasks = len({run["task"] for run in results["runs"]})
     return [
-        line if len(tasks) == num_tasks or line.startswith(f"{next(iter(tasks))}: ") else f"{', '.join(tasks)}: {line}"
+        line
+        if len(tasks) == num_tasks or (len(tasks) == 1 and line.startswith(f"{next(iter(tasks))}: "))
+        else f"{', '.join(tasks)}: {line}"
         for line, tasks in tasks_of.items()
     ]

@@ -117,7 +117,7 @@ def compare(
     """
     folder = Path(study.output_dir)
     if not again:
-        _check_test_reads(planned)
+        check_test_reads(planned)
     with ExitStack() as stack:
         stack.enter_context(RunFolder(folder).locked())
         for task, wanted in study.generate.items():
@@ -148,7 +148,8 @@ def raise_for(failures: Sequence[Failure], num_planned: int) -> None:
     raise StudyError(f"{text}\nRun the same command again to go on")
 
 
-def _check_test_reads(planned: Sequence[PlannedRun]) -> None:
+def check_test_reads(planned: Sequence[PlannedRun]) -> None:
+    """Raises ConfigError where several configurations would read the same test users."""
     by_task: dict[str, dict[str, str]] = {}
     for run in planned:
         if run.config.evaluation.split == TEST:

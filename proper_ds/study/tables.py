@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -47,6 +49,8 @@ def write_results(runs: Sequence[FinishedRun], folder: Path, command: str) -> No
     """
     results = results_of(runs, folder) | {"made_by": command, "missing": _missing(folder)}
     tables, plots = tables_of(results), [*_costs(results), *_gains(runs, results)]
+    for stale in [*folder.glob("figures/gain-*.svg"), *folder.glob("figures/quality-*.svg")]:
+        stale.unlink()  # of a task that has left the study
     for plot in plots:
         (folder / plot.file).parent.mkdir(exist_ok=True)
         write_text_atomic(folder / plot.file, plot.svg.rstrip() + "\n")
@@ -99,6 +103,7 @@ def _costs(results: dict[str, Any]) -> Iterator[Plot]:
 
 def _gains(runs: Sequence[FinishedRun], results: dict[str, Any]) -> Iterator[Plot]:
     """The best methods' gains by history length, for each task of the first seed's run."""
+    num_named = Counter[str]()
     for name, column in results["columns"].items():
         wanted = (column["task"], results["baseline"])
         run = next((r for r in runs if (r.task, r.variant) == wanted and column["inner"] in r.report["tasks"]), None)
@@ -110,4 +115,6 @@ def _gains(runs: Sequence[FinishedRun], results: dict[str, Any]) -> Iterator[Plo
         svg = gain_by_history(run.report["tasks"][inner], main_metric(run.report, inner), rival, others)
         if svg:
             title = f"{name}: gain over {rival} by history length, the best methods"
-            yield Plot(f"gain-{name.replace('/', '-')}", title, svg)
+            file = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+            num_named[file] += 1
+            yield Plot(f"gain-{file}" if num_named[file] == 1 else f"gain-{file}-{num_named[file]}", title, svg)

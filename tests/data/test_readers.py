@@ -9,6 +9,7 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from proper_ds.data.config import DataConfig
 from proper_ds.data.manifest import MANIFEST
@@ -252,8 +253,18 @@ def test_max_users_per_split(lamp_folder, tmp_path):
     folder = lamp_folder([news(n, f"u{n // 2}") for n in range(5)], golds)
     assert run(folder, tmp_path / "out", max_users_per_split=2).keys() == ["u0", "u1"]
     assert run(folder, tmp_path / "one", max_users_per_split={"train": 1}).keys() == ["u0"]
-    with pytest.raises(DataError, match="no question is of split tset"):
+    with pytest.raises(DataError, match="no question is of split tset; read were train"):
         run(folder, tmp_path / "none", max_users_per_split={"train": 1, "tset": 1})
+    with pytest.raises(DataError, match=r"split tune \(`tune` is a part of 'train'\); read were train"):
+        run(folder, tmp_path / "none", max_users_per_split={"tune": 1}, tune_share=0.5)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        run(folder, tmp_path / "none", max_users_per_split={})
+
+
+def test_a_limit_of_users_leaves_the_check_of_golds(lamp_folder, tmp_path):
+    folder = lamp_folder([news(0, "u"), news(1, "v")], [{"id": str(n), "output": "sports"} for n in range(3)])
+    with pytest.raises(DataError, match="a gold answer without a question"):
+        run(folder, tmp_path / "out", max_users_per_split=1)
 
 
 def test_max_history_items_keeps_the_newest(lamp_folder, tmp_path):

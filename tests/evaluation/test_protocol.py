@@ -71,9 +71,10 @@ def test_what_was_left_out_when_data_was_prepared_is_told_of_the_prepared_folder
     manifest = prepare(config, tmp_path / "limited")
     about = {"split": "dev", "name": "mixed", "share_of_users_also_in_training": 0.5, "closed_labels": "score"}
     found = " ".join(cautions(about, Manifest.read(tmp_path / "limited")))
-    assert "first 10 users of each split" in found and "newest 1 items" in found
+    assert "Of each split only the first 10 users" in found and "newest 1 items" in found
     limited = replace(Manifest.read(tmp_path / "limited"), limits={"max_users_per_split": {"train": 9, "dev": 4}})
-    assert "the first 9 users of train and the first 4 users of dev" in " ".join(cautions(about, limited))
+    told = "Of train only the first 9 users and of dev only the first 4 users took part"
+    assert told in " ".join(cautions(about, limited))
     assert Manifest.read(tmp_path / "limited") == manifest
     assert "set apart for choices" in " ".join(cautions(about, replace(manifest, tune_share=0.2)))
 

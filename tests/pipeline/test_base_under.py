@@ -24,5 +24,8 @@ def test_a_base_that_the_run_made_is_named(tmp_path):
     adapter = tmp_path / "population" / "adapter"
     adapter.mkdir(parents=True)
     (tmp_path / "base").mkdir()
-    write_json_atomic(adapter / "adapter_config.json", {"base_model_name_or_path": "x", "revision": None})
+    made = {"base_model_name_or_path": "/where/the/run/was/base", "revision": None}
+    write_json_atomic(adapter / "adapter_config.json", made)
     assert base_under(tmp_path, "proper") == (str(tmp_path / "base"), None)
+    write_json_atomic(adapter / "adapter_config.json", made | {"base_model_name_or_path": "org/other"})
+    assert base_under(tmp_path, "proper") == ("org/other", None), "trained for another after `base` was made"

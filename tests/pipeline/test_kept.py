@@ -79,6 +79,21 @@ def test_new_data_leaves_shared_stages_alone_and_updates_stores(night):
     assert night.pending() == list(night.stages()), "a run without it starts over"
 
 
+def test_users_who_were_needed_for_merged_adapters_may_be_needed_no_more(night):
+    needed = ("user.users=needed", "router.max_users=2")
+    with_merged = f"evaluation.methods={[*DEFAULT_METHODS, 'merged']}"
+    night.finish(*needed, with_merged)
+    night.bring("old news", "new news")
+    assert night.stages(UPDATE, *needed)["store/OPPU"].is_update, "an update cannot evaluate `merged`"
+
+
+def test_what_follows_from_another_setting_is_not_told_besides(night):
+    night.finish("user.users=needed")
+    with pytest.raises(ConfigError) as error:
+        night.stages(UPDATE)
+    assert [problem.key for problem in error.value.problems] == ["user.users"]
+
+
 def test_the_same_data_again_has_nothing_to_do(night):
     night.finish()
     assert night.pending(UPDATE) == []

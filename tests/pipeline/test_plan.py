@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -94,6 +95,10 @@ def test_a_missing_scikit_learn_is_told(prepared, tmp_path, monkeypatch):
 
     data = prepared(train=[1], dev=[2])
     monkeypatch.setattr(plan, "sklearn_parts", missing)
+    assert check_inputs(config_of(tmp_path, ["base", "words"]), data), "texts are copied"
+    task = next(iter(data.manifest.tasks.values()))
+    ratings = replace(task, kind="ordinal", labels=("1", "2"))
+    monkeypatch.setitem(data.manifest.tasks, task.name, ratings)
     with pytest.raises(DataError, match="scikit-learn"):
         check_inputs(config_of(tmp_path, ["base", "words"]), data)
     assert check_inputs(config_of(tmp_path, ["base", "own-habit"]), data), "it needs none"

@@ -50,6 +50,24 @@ def test_a_dry_run_lists_the_runs_and_makes_none(tmp_path, monkeypatch):
     assert not (tmp_path / "study").exists()
 
 
+def test_a_dry_run_refuses_what_the_study_would_refuse(tmp_path):
+    changes = {"run": {"base": {"create": {}, "max_length": 120}, "evaluation": {"methods": ["base", "group"]}}}
+    changes["run"]["evaluation"]["split"] = "test"
+    path = write_study(tmp_path, vary={"group.num_experts": [2]}, **changes)
+    command = ["compare", str(path), "--dry-run"]
+    shown = CliRunner().invoke(app, command)
+    assert isinstance(shown.exception, ConfigError) or "would all read its test users" in shown.output
+    assert shown.exit_code != 0
+    assert CliRunner().invoke(app, [*command, "--again"]).exit_code == 0
+
+
+def test_an_override_below_a_dotted_key_changes_what_is_there(tmp_path):
+    limits = {"train": 5, "dev": 3}
+    tasks = {"films": {"data.max_users_per_split": limits}}
+    runs = planned(write_study(tmp_path, tasks=tasks), "tasks.films.data.max_users_per_split.dev=2")
+    assert {str(run.config.data.max_users_per_split) for run in runs} == {"{'train': 5, 'dev': 2}"}
+
+
 def test_factors_vary_one_at_a_time_or_all_together(tmp_path):
     vary = {"group.num_experts": [2, 4], "targets": {"attention": {"group.lora.target_modules": ["q_proj"]}}}
     names = [run.variant for run in planned(write_study(tmp_path, vary=vary))]

@@ -61,9 +61,22 @@ def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(fini
     assert results["made_by"] == COMMAND
     assert f"Made by `{COMMAND}` from 2 runs" in text
     assert (tmp_path / "results.html").read_text().count("<svg") >= 3
-    linked = re.findall(r"\]\((figures/.*\.svg)\)", text)
+    linked = links_of(text)
     assert len(linked) >= 3
     assert all((tmp_path / name).read_text().startswith("<svg") for name in linked)
+
+
+def links_of(text):
+    return re.findall(r"\]\((figures/[A-Za-z0-9._+-]+\.svg)\)", text)
+
+
+def test_figures_have_names_that_a_link_can_hold_and_go_with_their_tasks(finish, tmp_path):
+    runs = [finish(task, "main", ratings(CHANCES, 40)) for task in ("made: films (all)", "made; films; all;", "books")]
+    write_results(runs, tmp_path, COMMAND)
+    gains = {name for name in links_of((tmp_path / "results.md").read_text()) if "gain" in name}
+    assert gains == {f"figures/gain-{name}.svg" for name in ("made-films-all-", "made-films-all--2", "books")}
+    write_results(runs[2:], tmp_path, COMMAND)
+    assert [path.name for path in (tmp_path / "figures").glob("gain-*")] == ["gain-books.svg"]
 
 
 def test_methods_that_learned_from_those_who_are_asked_are_marked(finish, tmp_path):

@@ -100,6 +100,18 @@ class RunConfig(Section):
         return list(self.start.adapter_sets) if self.user.start == "learned" else []
 
 
+_KINDS = {"sweep": ("parameters", "objective"), "compare": ("tasks", "variants", "vary"), "run": ("data", "evaluation")}
+"""Keys at the top that only the files of one command have, `data` and `evaluation` being within `run` elsewhere."""
+
+
+def check_kind(raw: dict[str, Any], command: str, source: str) -> None:
+    """Raises ConfigError for the file of another command, whose keys would all be unknown here."""
+    kind = next((kind for kind, keys in _KINDS.items() if set(keys) & raw.keys()), command)
+    if kind != command:
+        mend = f"Use `proper-ds {kind} {source}`."
+        raise ConfigError(source, [Problem("(file)", f"is no file for `proper-ds {command}`", mend)])
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML without pickles, and without keys given twice."""
 
@@ -190,6 +202,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: with every problem found, in one go.
     """
     raw = read_yaml(Path(path))
+    check_kind(raw, "run", str(path))
     problems = apply_overrides(raw, overrides)
     problems += apply_chosen(raw, [override.partition("=")[0] for override in overrides])
     return validate(raw, str(path), problems)

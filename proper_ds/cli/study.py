@@ -41,7 +41,7 @@ def compare(
     command = shlex.join(["proper-ds", "compare", str(yaml), *(overrides or ()), *(["--again"] if again else [])])
     finished, failures = run_study(study, planned, ProgressView(shown), again, command)
     for run in finished:
-        typer.echo(f"{run.name}: {run.seconds:.0f} s in all stages, configuration {run.config_hash[:8]}")
+        typer.echo(f"{run.name}: {run.seconds:.0f} s of work in its stages, configuration {run.config_hash[:8]}")
     if finished:
         show_tables(Path(study.output_dir), shown)
     raise_for(failures, len(planned))

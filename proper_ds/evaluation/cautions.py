@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from proper_ds.evaluation.methods import Method, methods_of, needs_of
+from proper_ds.files import digest_of
 from proper_ds.model.presets import preset_of
 
 if TYPE_CHECKING:
@@ -45,6 +49,34 @@ def run_cautions(config: RunConfig, prompts: Mapping[str, PromptCounts], taught:
             f"{', '.join(written)}: profiles are written from whole histories, so that the prompt of a history item may"
             " tell its own answer in training, as no question's does."
         )
+    return found
+
+
+def answer_cautions(answers: pa.Table, methods: Sequence[str]) -> list[str]:
+    """Methods that gave one answer to all questions of a task, or gave the same answers: their scores tell no more
+    than that answer's, or than one of them.
+
+    Args:
+        answers: columns method, user, task, id and prediction, as `questions.read_predictions` reads them.
+    """
+    found = []
+    for task in pc.unique(answers.column("task")).to_pylist():
+        own = answers.filter(pc.equal(answers.column("task"), task)).sort_by(
+            [("user", "ascending"), ("id", "ascending")]
+        )
+        constant, alike = dict[str, list[str]](), dict[tuple[int, str], list[str]]()
+        num_asked = own.num_rows // max(1, pc.count_distinct(own.column("method")).as_py())
+        for method in methods if num_asked > 1 else ():
+            given = own.filter(pc.equal(own.column("method"), method)).column("prediction")
+            if len(distinct := pc.unique(given)) == 1:
+                constant.setdefault(str(distinct[0]), []).append(method)
+            elif len(given):
+                alike.setdefault((len(given), digest_of(given.to_pylist())), []).append(method)
+        for answer, names in constant.items():
+            found.append(f"{task}: {', '.join(names)}: one answer, {answer!r}, to all {num_asked} questions.")
+        for names in alike.values():
+            if len(names) > 1:
+                found.append(f"{task}: {', '.join(names)}: the same answer to each of {num_asked} questions.")
     return found
 
 

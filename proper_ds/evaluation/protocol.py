@@ -38,6 +38,7 @@ def protocol_of(context: RunContext) -> dict[str, Any]:
         "seed": context.config.seed,
         "base": context.base_name,
         "base_parameters": num_parameters(context.base_name, context.config.base.revision),
+        "base_made_in_steps": context.config.base.create.max_steps if context.config.base.create else None,
         "base_dtype": _dtype(context),
         "closed_labels": evaluation.closed_labels,
         "ordinal": evaluation.ordinal,

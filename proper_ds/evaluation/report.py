@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from proper_ds.evaluation.answers import read_answers
-from proper_ds.evaluation.cautions import run_cautions, taught_by_asked
+from proper_ds.evaluation.cautions import answer_cautions, run_cautions, taught_by_asked
 from proper_ds.evaluation.configuration import configuration_digest
 from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
@@ -71,7 +71,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
     scored = by_method(score_tasks(table, manifest.tasks, names, Scoring.of(config.evaluation)), names)
     protocol, prompts = protocol_of(context), _prompts(context)
     taught = taught_by_asked(config, protocol["share_of_users_also_in_training"])
-    protocol["cautions"] += run_cautions(config, prompts, taught)
+    protocol["cautions"] += run_cautions(config, prompts, taught) + answer_cautions(table, names)
     for name, about in scored["tasks"].items():
         about["protocol"] = protocol["name"]
         about["published"] = published_for(name, about, protocol["name"], protocol["base"])

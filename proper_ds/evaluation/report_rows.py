@@ -30,6 +30,12 @@ def span(interval: list[float] | None) -> str:
     return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
+def base_text(about: dict[str, Any]) -> str:
+    """How large a protocol's base is, and whether the run made it."""
+    made = about.get("base_made_in_steps")  # reports of earlier versions do not say it
+    return f"{about['base_parameters']:,} parameters" + (f", made by base.create in {made} steps" if made else "")
+
+
 def gain_text(pair: Pair) -> str:
     """A difference as it is printed everywhere; it says so where it is beyond the interval."""
     beyond = f" {pair['verdict']}" if pair["verdict"] in ("better", "worse") else ""
@@ -224,7 +230,7 @@ def protocol_lines(report: dict[str, Any]) -> list[str]:
         f"Questions of split {about['split']}, {about['name']}"
         f" ({about['share_of_users_also_in_training']:.0%} of these users have questions in split"
         f" {about['train_split']}); seed {about['seed']}.",
-        f"Base {about['base']}: {about['base_parameters']:,} parameters in {about['base_dtype']}.",
+        f"Base {about['base']}: {base_text(about)}, in {about['base_dtype']}.",
         f"Answers: {about['decoding']}.",
         f"Values are over questions; intervals are {about['confidence']:.0%} bootstrap intervals over users"
         f" ({about['num_bootstrap_samples']} samples); differences are paired, positive is better. They are not"

@@ -90,6 +90,16 @@ class Run:
             self._do(on_ranks)
         return self.is_done()
 
+    def check_data(self) -> None:
+        """Prepare the data, and check what only data and base together can tell; trains nothing.
+
+        Raises:
+            UserError: for data that is refused, or that does not have what the configuration asks for.
+        """
+        self.run(["prepare"])
+        check_inputs(self.config, self.context.prepared)
+        self._is_checked = True
+
     def _missing(self, step: str, chosen: set[str]) -> list[Stage]:
         """The stages of a step that are to be done. Raises UserError where a later step needs others of it."""
         wanted = self.stages.of(step)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from proper_ds.config import absolute, apply_overrides, read_yaml
+from proper_ds.config import absolute, apply_overrides, check_kind, read_yaml
 from proper_ds.errors import ConfigError, Problem
 from proper_ds.section import problems_of
 from proper_ds.study.config import OWN_KEYS, Common, StudyConfig, SweepConfig
@@ -19,16 +19,17 @@ Kind = TypeVar("Kind", bound=Common)
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """A study file. Raises ConfigError with every problem found."""
-    return _load(StudyConfig, path, overrides)
+    return _load(StudyConfig, "compare", path, overrides)
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """A sweep file. Raises ConfigError with every problem found."""
-    return _load(SweepConfig, path, overrides)
+    return _load(SweepConfig, "sweep", path, overrides)
 
 
-def _load(kind: type[Kind], path: Path, overrides: Sequence[str]) -> Kind:
+def _load(kind: type[Kind], command: str, path: Path, overrides: Sequence[str]) -> Kind:
     raw = read_yaml(path)
+    check_kind(raw, command, str(path))
     if isinstance(raw.get("run"), str):
         raw["run"] = _read_run(str(raw["run"]), path)
     for key in ("tasks", "variants"):

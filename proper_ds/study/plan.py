@@ -19,6 +19,7 @@ from proper_ds.study.effects import same_answers
 from proper_ds.study.merge import dotted_keys, merged, without_model
 
 MAIN = "main"
+_IN_A_STUDY = {"base.model": "`base=NAME_OR_FOLDER`", "data.path": "`data_root=FOLDER`, with a folder for each task"}
 GENERATED_TASKS = ("generated_tags", "generated_ratings")
 
 
@@ -136,7 +137,8 @@ def _same_folders(planned: Sequence[PlannedRun]) -> list[Problem]:
 
 def _of_runs(problem: Problem, names: list[str]) -> Problem:
     runs = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more runs"
-    return Problem(f"{runs}: {problem.key}", problem.wrong, problem.mend)
+    here = _IN_A_STUDY.get(problem.key, f"`run.{problem.key}`, of one task `tasks.NAME.{problem.key}`")
+    return Problem(f"{runs}: {problem.key}", problem.wrong, f"{problem.mend} (In a study it is {here}.)")
 
 
 def _config(study: StudyConfig, task: str, change: Mapping[str, Any], seed: int, folder: Path) -> RunConfig:

@@ -177,6 +177,7 @@ def _ablations(
     return {method: tasks for method, tasks in found.items() if any(len(cells) > 1 for cells in tasks.values())}
 
 
+PROTOCOL = ("name", "split", "base", "base_parameters", "base_made_in_steps")
 COSTS = ("train_seconds", "train_tokens", "bytes_per_user", "predict_seconds")
 
 
@@ -202,7 +203,7 @@ def _about(run: FinishedRun, folder: Path) -> dict[str, Any]:
         "folder": os.path.relpath(run.folder, folder),
         "config_hash": run.config_hash,
         "predictions": run.report["predictions"],
-        "protocol": {key: run.report["protocol"][key] for key in ("name", "split", "base", "base_parameters")},
+        "protocol": {key: run.report["protocol"].get(key) for key in PROTOCOL},
         "cautions": run.report["protocol"]["cautions"],
         "chosen_by": run.report["chosen_by"],
         "seconds": run.seconds,

@@ -12,6 +12,8 @@ from proper_ds.evaluation.report_rows import MARKS, TAUGHT, TAUGHT_LINE, UNKNOWN
 from proper_ds.study.results import COSTS, PARTS, WHOLE, ranked
 
 NOT_RUN = "not run"
+NOBODY = "nobody"
+"""In place of a score where a part of a task's users is empty."""
 WHOSE = {
     WHOLE: "all users",
     "lower half": "users in the lower half of history length",
@@ -67,9 +69,10 @@ def _titles(results: Results, part: str = WHOLE) -> list[str]:
 def _value(cell: dict[str, Any], key: str = "value") -> str:
     """A score with its interval; over several seeds their mean with the lowest and the highest."""
     seeds = list(cell["by_seed"].values())
-    if len(seeds) > 1 and key == "value":
-        return f"{number(cell[key])} ({number(min(seeds))} to {number(max(seeds))}, {len(seeds)} seeds)"
     interval = cell["interval" if key == "value" else f"{key}_interval"]
+    if len(seeds) > 1 and key == "value":
+        few = f"; {span(interval).strip('()')}" if interval is None else ""
+        return f"{number(cell[key])} ({number(min(seeds))} to {number(max(seeds))}, {len(seeds)} seeds{few})"
     return f"{number(cell[key])} {span(interval)}"
 
 
@@ -84,10 +87,14 @@ def _scores(results: Results, part: str, key: str) -> tuple[list[list[str]], fro
         for n, method in enumerate(order):
             cell = cells[method].get(name)
             mark = MARKS.get(cell["standing"], "") if cell else ""
-            rows[n].append(f"{_value(cell, key)} {mark}".strip() if cell else NOT_RUN)
+            rows[n].append(f"{_value(cell, key)} {mark}".strip() if cell else _missing(column, part))
             if cell and cell[key] == top:
                 best.add((n, place))
     return rows, frozenset(best)
+
+
+def _missing(column: dict[str, Any], part: str) -> str:
+    return NOT_RUN if column["num_users"].get(part) else NOBODY
 
 
 def score_table(results: Results, part: str) -> Table:
@@ -114,14 +121,17 @@ def verdict_table(results: Results) -> Table:
         cells = [found[part].get(than, {}).get(method, {}) for than, part in shown]
         rows.append([method, *(_verdicts(list(by_column.values())) for by_column in cells)])
     header = ["method", *(f"over {than}, {part}" for than, part in shown)]
-    note = "Tasks where it is better beyond the interval / neither / worse beyond the interval."
+    note = (
+        "Tasks where it is better beyond the interval / neither / worse beyond the interval; tasks of too few users for"
+        " an interval are not counted."
+    )
     return Table("Tasks won and lost", header, rows if shown else [], note)
 
 
 def _verdicts(pairs: list[dict[str, Any]]) -> str:
-    verdicts = [pair["verdict"] for pair in pairs]
+    verdicts = [pair["verdict"] for pair in pairs if pair["interval"] is not None]
     won, lost = verdicts.count("better"), verdicts.count("worse")
-    return f"{won} / {len(pairs) - won - lost} / {lost}" if pairs else ""
+    return f"{won} / {len(verdicts) - won - lost} / {lost}" if verdicts else ""
 
 
 def user_mean_table(results: Results) -> Table:
@@ -135,7 +145,13 @@ def difference_table(results: Results, part: str, than: str) -> Table:
     found = results["differences"][part].get(than, {})
     order = [method for method in ranked(results["methods"][part], results["columns"]) if method in found]
     rows = [
-        [method, *(gain_text(found[method][name]) if name in found[method] else NOT_RUN for name in results["columns"])]
+        [
+            method,
+            *(
+                gain_text(found[method][name]) if name in found[method] else _missing(column, part)
+                for name, column in results["columns"].items()
+            ),
+        ]
         for method in order
     ]
     note = "Paired bootstrap over users; positive is better. Not corrected for the number of comparisons."
@@ -222,7 +238,8 @@ def run_table(results: Results) -> Table:
     header = ["task", "variant", "seed", "folder", "configuration", "answers", "s"]
     note = (
         "`proper-ds run FOLDER/config.yaml` makes a run again, `proper-ds report verify FOLDER` its scores from its"
-        " answers."
+        " answers. s: seconds of the stages' own work, whoever did it, without starting ranks and actors; the log in"
+        " `logs/` has what went by on the clock."
     )
     return Table("Runs", header, rows, note)
 
@@ -237,7 +254,7 @@ def notes_of(results: Results) -> list[str]:
     same = [method for method in results["ablations"] if not _is_changed(results, method)]
     if same:
         lines.append(f"No variant changed an answer of {', '.join(same)}.")
-    about = _by_task(results, lambda run: ["split {split}, {name}, base {base}".format_map(run["protocol"])])
+    about = _by_task(results, lambda run: [_protocol(run["protocol"])])
     lines += [f"Protocol: {line}." for line in about]
     generated = [name for name, column in results["columns"].items() if column["generated"]]
     if generated:
@@ -250,16 +267,24 @@ def notes_of(results: Results) -> list[str]:
     return lines + [f"Not comparable: {line}" for line in _by_task(results, lambda run: run["cautions"])]
 
 
+def _protocol(about: dict[str, Any]) -> str:
+    return f"split {about['split']}, {about['name']}, base {about['base']} ({report_rows.base_text(about)})"
+
+
 def _by_task(results: Results, lines_of: Callable[[dict[str, Any]], list[str]]) -> list[str]:
-    """What is to be told of runs, each line once, with the tasks that it is about unless these are all."""
-    tasks_of: dict[str, dict[str, None]] = {}
+    """What is to be told of runs, each line once, with the tasks and variants that it is about unless these are all."""
+    whose: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
-        for line in lines_of(run):
-            tasks_of.setdefault(line, {})[run["task"]] = None
-    num_tasks = len({run["task"] for run in results["runs"]})
-    return [
-        line
-        if len(tasks) == num_tasks or (len(tasks) == 1 and line.startswith(f"{next(iter(tasks))}: "))
-        else f"{', '.join(tasks)}: {line}"
-        for line, tasks in tasks_of.items()
-    ]
+        for line in dict.fromkeys(lines_of(run)):
+            whose.setdefault(line, []).append(run)
+    return [f"{_whose(line, runs, results['runs'])}{line}" for line, runs in whose.items()]
+
+
+def _whose(line: str, runs: list[dict[str, Any]], of: list[dict[str, Any]]) -> str:
+    """What stands before a line about some of the runs."""
+    tasks, variants = ({run[key]: None for run in runs} for key in ("task", "variant"))
+    meant = [run for run in of if run["task"] in tasks]
+    about = "" if {run["task"] for run in of} == set(tasks) else ", ".join(tasks)
+    if {run["variant"] for run in meant} != set(variants):
+        about += f"{' ' if about else ''}({', '.join(variants)})"
+    return "" if not about or line.startswith(f"{about}: ") else f"{about}: "

@@ -125,16 +125,44 @@ def compare(
         shared = SharedCluster(stack)
         roots = [run.config.output_path for run in planned]
 
-        def do(run: PlannedRun) -> None:
+        def job_of(run: PlannedRun) -> Run | None:
+            """The run where it is not done, with what it can take over from others."""
             log_to_file(RunFolder(run.config.output_path).logs, "driver")
-            reads = TestReads([run.config.output_path, folder], again)
-            job = Run(run.config, view, shared.join, reads)
+            job = Run(run.config, view, shared.join, TestReads([run.config.output_path, folder], again))
             if job.is_done():
-                return
+                return None
             adopt(run.config, job.stages, roots)
-            job.run()
+            return job
 
+        def do(run: PlannedRun) -> None:
+            if (job := job_of(run)) is not None:
+                job.run()
+
+        if not (folder / STATE).exists():
+            _write_state(planned, [], [], folder)
+        check_data(planned, job_of)
         return run_all(planned, do, folder, partial(write_results, command=command))
+
+
+def check_data(planned: Sequence[PlannedRun], job_of: Callable[[PlannedRun], Run | None]) -> None:
+    """Prepare the data of every run that is not done before the first one trains.
+
+    Raises:
+        UserError: naming every run whose data is refused, or does not have what its configuration asks for.
+    """
+    failures = []
+    for run in planned:
+        try:
+            if (job := job_of(run)) is not None:
+                job.check_data()
+        except UserError as error:
+            failures.append(Failure(run, error))
+    if failures:
+        lines = "\n".join(f"  {failure}" for failure in failures)
+        raise UserError(
+            f"{len(failures)} of {len(planned)} runs cannot begin, and none was begun\n{lines}\n"
+            "In a study, the setting `a.b` of all runs is `run.a.b`, that of one task `tasks.NAME.a.b`"
+        )
 
 
 def raise_for(failures: Sequence[Failure], num_planned: int) -> None:

@@ -27,14 +27,15 @@ from proper_ds.config import RunConfig
 from proper_ds.errors import ConfigError, Problem, StudyError, UserError
 from proper_ds.files import write_text_atomic
 from proper_ds.fleet.cluster import Cluster, join_environment, ray_cluster
-from proper_ds.observe.log import get_logger
+from proper_ds.observe.log import get_logger, log_to_file
 from proper_ds.observe.progress import ProgressView
+from proper_ds.pipeline.run import Run
 from proper_ds.pipeline.stage import REPORT
 from proper_ds.pipeline.stages import StageList
 from proper_ds.run_folder import RunFolder
 from proper_ds.study.adopt import adopt
 from proper_ds.study.config import SweepConfig
-from proper_ds.study.trials import Score, Trial, best_of, score_of
+from proper_ds.study.trials import Score, Trial, best_of, choose_metric, score_of
 
 BEST, LOG = "best.yaml", "trials.jsonl"
 WAIT_S, STOP_TIMEOUT_S = 0.5, 60.0
@@ -72,8 +73,9 @@ class Process:
         if self._process.returncode == 0:
             return ""
         lines = self._output.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if line.startswith("error:")] or lines[-TAIL_LINES:]
-        return f"exit code {self._process.returncode}: {' '.join(errors[-1:])}; see {self._output}"
+        first = next((n for n, line in enumerate(lines) if line.startswith("error:")), max(0, len(lines) - 1))
+        told = " ".join(line.strip() for line in lines[first : first + TAIL_LINES])
+        return f"exit code {self._process.returncode}: {told}; see {self._output}"
 
     def stop(self) -> None:
         """End it as Ctrl-C does; what it committed is kept."""
@@ -117,6 +119,7 @@ def sweep(config: SweepConfig, trials: Sequence[Trial], view: ProgressView) -> t
         left = [trial for trial in trials if trial.name not in known]
         get_logger().info("%d of %d trials are done already", len(results), len(trials))
         if left:
+            check_objective(left[0].config, config, view)
             cluster = stack.enter_context(ray_cluster())
             shares = {trial.name: share_of(trial.config, cluster, config.max_concurrent) for trial in left}
             roots = [trial.config.output_path for trial in trials]
@@ -143,6 +146,19 @@ def _done_before(trial: Trial, config: SweepConfig) -> Result | None:
     if not all(stage.is_done(folder) for stage in StageList(trial.config)):
         return None
     return Result(trial, score_of(_report(trial), config.objective), "", 0.0)
+
+
+def check_objective(trial: RunConfig, config: SweepConfig, view: ProgressView) -> None:
+    """Prepare the first trial's data, and see whether the objective can be had of it.
+
+    Raises:
+        UserError: where the data is refused, or has no such split, task or metric.
+    """
+    log_to_file(RunFolder(trial.output_path).logs, "driver")
+    job = Run(trial, view)
+    job.check_data()
+    tasks = job.context.prepared.manifest.tasks
+    choose_metric({name: task.metrics for name, task in tasks.items()}, config.objective)
 
 
 def share_of(config: RunConfig, cluster: Cluster, num_parts: int) -> RunConfig:
@@ -229,10 +245,15 @@ def _settle(results: Sequence[Result], config: SweepConfig, folder: Path) -> tup
     if not scored:
         raise StudyError(f"all {len(failed)} trials failed\n{lines}")
     trial, score = best_of(scored)
+    num_tied = sum(other.rank == score.rank for _, other in scored)
+    if num_tied > 1:
+        text = "%d of %d trials tie at %s %.4f; the first of them was taken, which chooses nothing among them"
+        get_logger().warning(text, num_tied, len(scored), score.metric, score.value)
     best = {
         "overrides": trial.overrides,
         "split": config.objective.split,
         "num_trials": len(scored),
+        "num_tied": num_tied,
         "trial": trial.name,
         "config_hash": trial.config_hash,
     } | asdict(score)

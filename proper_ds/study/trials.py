@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,24 @@ def _values(overrides: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in overrides.items())
 
 
+def choose_metric(tasks: Mapping[str, Sequence[str]], objective: Objective) -> tuple[str, str]:
+    """(task, metric) that trials are compared by.
+
+    Args:
+        tasks: the metrics of each task, the main one first.
+
+    Raises:
+        UserError: where there is no such task or metric, or there are several tasks and none is named.
+    """
+    task = objective.task or (next(iter(tasks)) if len(tasks) == 1 else None)
+    if task is None or task not in tasks:
+        raise UserError(f"objective.task: given {objective.task!r}; the data has {', '.join(tasks)}: name one")
+    metric = tasks[task][0] if objective.metric == "auto" else objective.metric
+    if metric not in tasks[task]:
+        raise UserError(f"objective.metric: given {metric!r}; {task} has {', '.join(tasks[task])}")
+    return task, metric
+
+
 def score_of(report: dict[str, Any], objective: Objective) -> Score:
     """The best of the objective's methods in a report.
 
@@ -155,15 +173,10 @@ def score_of(report: dict[str, Any], objective: Objective) -> Score:
         UserError: where the report has no such task or metric, or several tasks and none is named.
     """
     tasks = report["tasks"]
-    task = objective.task or (next(iter(tasks)) if len(tasks) == 1 else None)
-    if task is None or task not in tasks:
-        raise UserError(f"objective.task: given {objective.task!r}; the data has {', '.join(tasks)}: name one")
-    metrics = tasks[task]["metrics"]
-    metric = next(iter(metrics)) if objective.metric == "auto" else objective.metric
-    if metric not in metrics:
-        raise UserError(f"objective.metric: given {metric!r}; {task} has {', '.join(metrics)}")
+    task, metric = choose_metric({name: list(about["metrics"]) for name, about in tasks.items()}, objective)
+    is_higher_better = bool(tasks[task]["metrics"][metric])
     scores = [
-        Score(method, task, metric, float(report["methods"][method][task][metric]["value"]), bool(metrics[metric]))
+        Score(method, task, metric, float(report["methods"][method][task][metric]["value"]), is_higher_better)
         for method in objective.method
     ]
     return max(scores, key=lambda score: score.rank)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from proper_ds.config import RunConfig
-from proper_ds.evaluation.cautions import run_cautions, taught_by_asked
+from proper_ds.evaluation.cautions import answer_cautions, run_cautions, taught_by_asked
 from proper_ds.evaluation.methods import METHODS, all_methods
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
-from tests.evaluation.crafted import ratings, write_run
+from tests.evaluation.crafted import ratings, row, table, write_run
 
 
 def config_of(methods, **sections):
@@ -20,6 +20,17 @@ def config_of(methods, **sections):
 def counts(num_prompts, **others):
     names = ("num_cut", "num_tokens_cut", "num_bare", "num_no_items", "num_fewer_items")
     return {"num_prompts": num_prompts} | dict.fromkeys(names, 0) | others
+
+
+def test_one_answer_to_everything_and_equal_answers_are_told():
+    rows = [row(method, user, 0, "1", "5", 2) for method in ("population", "OPPU") for user in range(4)]
+    rows += [row(method, user, 0, "1", str(user), 2) for method in ("group", "proper") for user in (3, 1, 2, 0)]
+    rows += [row("words", user, 0, "1", str(user % 2), 2) for user in range(4)]
+    methods = ["words", "population", "OPPU", "group", "proper", "not run"]
+    assert answer_cautions(table(rows), methods) == [
+        "LaMP_3: population, OPPU: one answer, '5', to all 4 questions.",
+        "LaMP_3: group, proper: the same answer to each of 4 questions.",
+    ]
 
 
 @pytest.mark.parametrize(

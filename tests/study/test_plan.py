@@ -61,6 +61,24 @@ def test_a_dry_run_refuses_what_the_study_would_refuse(tmp_path):
     assert CliRunner().invoke(app, [*command, "--again"]).exit_code == 0
 
 
+def test_each_command_knows_the_files_of_the_others(tmp_path):
+    study = write_study(tmp_path)
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump(RUN | {"output_dir": "x", "data": {"path": "y"}}))
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(yaml.safe_dump({"output_dir": "x", "run": RUN, "parameters": {"seed": [1]}}))
+    for load, wrong, command in (
+        (load_config, study, "compare"),
+        (load_config, sweep, "sweep"),
+        (load_study, run, "run"),
+        (load_study, sweep, "sweep"),
+        (load_sweep, study, "compare"),
+        (load_sweep, run, "run"),
+    ):
+        with pytest.raises(ConfigError, match=rf"Use `proper-ds {command} .*{wrong.name}`"):
+            load(wrong)
+
+
 def test_an_override_below_a_dotted_key_changes_what_is_there(tmp_path):
     limits = {"train": 5, "dev": 3}
     tasks = {"films": {"data.max_users_per_split": limits}}
@@ -84,7 +102,7 @@ def test_every_problem_is_told_before_anything_starts_and_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         planned(path, "run.population.learning_rate=-1")
     text = str(error.value)
-    assert text.count("population.learning_rate") == 1
+    assert text.count("more runs: population.learning_rate") == 1
     assert "and 7 more runs: population.learning_rate" in text
     assert "films/group.num_experts=1 and 1 more runs: group.num_experts" in text
     assert "group.top_k: 5 of 3 experts leaves none out" in text

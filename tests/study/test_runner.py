@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
 from proper_ds.errors import ConfigError, FleetError, StudyError, UserError
 from proper_ds.observe.progress import ProgressView
@@ -93,7 +94,23 @@ def test_several_configurations_on_test_users_are_refused_before_anything_runs(t
     assert not (tmp_path / "study").exists()
     seeds = load_study(write_study(tmp_path, seeds=[1, 2], **changes))
     monkeypatch.setattr(runner, "run_all", lambda planned, do, folder, write: ([], []))
+    monkeypatch.setattr(runner, "check_data", lambda planned, job_of: None)
     compare(seeds, plan_runs(seeds, str(path)), ProgressView(None), again=False, command="")
+
+
+def test_data_of_all_runs_is_read_before_the_first_one_trains(tmp_path, monkeypatch):
+    base = {"create": {}, "max_length": 120}
+    run = {"base": base, "evaluation": {"methods": ["base"]}}
+    path = write_study(tmp_path, tasks={"films": None, "books": {"evaluation.split": "tune"}}, run=run)
+    (tmp_path / "data" / "films" / "dev.jsonl").write_text('{"user": "u", "history": "none"}')
+    study = load_study(path)
+    begun = []
+    monkeypatch.setattr(runner, "run_all", lambda planned, do, folder, write: begun.append(planned))
+    with pytest.raises(UserError, match=r"2 of 2 runs cannot begin[\s\S]*is `run.a.b`") as error:
+        compare(study, plan_runs(study, str(path)), ProgressView(Console(quiet=True)), again=False, command="")
+    assert "films/main: " in str(error.value) and "no questions of split 'tune'" in str(error.value)
+    assert not begun
+    assert state(tmp_path) == (True, ["open", "open"])
 
 
 def test_generated_data_is_whole_or_not_there_and_keeps_its_numbers(tmp_path, monkeypatch):

@@ -13,12 +13,13 @@ from rich.console import Console
 from proper_ds.config import load_config
 from proper_ds.errors import ConfigError, StudyError, UserError
 from proper_ds.fleet.cluster import Cluster, Node
+from proper_ds.observe.log import get_logger
 from proper_ds.observe.progress import ProgressView
 from proper_ds.study import sweep as module
 from proper_ds.study.config import Objective
 from proper_ds.study.load import load_sweep
-from proper_ds.study.sweep import BEST, LOG, Process, _settle, share_of, work_through
-from proper_ds.study.trials import plan_trials, score_of
+from proper_ds.study.sweep import BEST, LOG, Process, _settle, check_objective, share_of, work_through
+from proper_ds.study.trials import Score, plan_trials, score_of
 from tests.study.studies import RUN, write_study
 
 NUM_EXPERTS = {"group.num_experts": [2, 3, 4]}
@@ -127,7 +128,7 @@ def test_the_score_is_the_best_methods_in_the_metrics_direction():
     with pytest.raises(UserError, match="has accuracy"):
         score_of(report(), Objective(method="group", metric="f1"))
     with pytest.raises(UserError, match="name one"):
-        score_of(report() | {"tasks": {"a": {}, "b": {}}}, Objective(method="group"))
+        score_of(report() | {"tasks": {"a": {"metrics": {}}, "b": {"metrics": {}}}}, Objective(method="group"))
 
 
 def test_trials_at_the_same_time_share_the_cluster_evenly(tmp_path):
@@ -172,6 +173,31 @@ def test_failed_trials_are_named_and_the_best_of_the_others_is_kept(tmp_path):
     best = yaml.safe_load((tmp_path / "sweep" / BEST).read_text())
     assert (best["overrides"], best["value"], best["num_trials"]) == ({"group.num_experts": 3}, 0.3, 2)
     assert (best["split"], best["method"], best["metric"]) == ("dev", "group", "accuracy")
+
+
+def test_a_tie_is_told_and_on_record(tmp_path, caplog):
+    config, trials = load_sweep(path := write_sweep(tmp_path)), trials_of(path)
+    (tmp_path / "sweep").mkdir()
+    scores = [Score("group", "films", "accuracy", value, True) for value in (0.25, 0.5, 0.5)]
+    results = [module.Result(trial, score, "", 1.0) for trial, score in zip(trials, scores, strict=True)]
+    get_logger().addHandler(caplog.handler)
+    assert _settle(results, config, tmp_path / "sweep")[0] is trials[1]
+    get_logger().removeHandler(caplog.handler)
+    assert "2 of 3 trials tie at accuracy 0.5000" in caplog.text
+    assert yaml.safe_load((tmp_path / "sweep" / BEST).read_text())["num_tied"] == 2
+
+
+def test_an_objective_that_the_data_cannot_have_is_refused_before_a_trial(tmp_path):
+    run = RUN | {"data": {"path": str(tmp_path / "data/films")}, "base": {"create": {}, "max_length": 120}}
+    for objective, said in (
+        ({"method": "group", "metric": "mae"}, r"given 'mae'; generic has .*rouge-1"),
+        ({"method": "group", "task": "LaMP_4"}, r"given 'LaMP_4'; the data has generic"),
+        ({"method": "group", "split": "tune"}, "no questions of split 'tune'"),
+    ):
+        path = write_sweep(tmp_path, run=run, objective=objective)
+        trial = trials_of(path)[0].config
+        with pytest.raises(UserError, match=said):
+            check_objective(trial, load_sweep(path), ProgressView(Console(quiet=True)))
 
 
 def test_no_trial_outlives_its_sweep(tmp_path):

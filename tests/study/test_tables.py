@@ -14,7 +14,15 @@ from proper_ds.study.finished import FinishedRun
 from proper_ds.study.paired import paired_difference
 from proper_ds.study.plots import unbeaten
 from proper_ds.study.results import results_of
-from proper_ds.study.rows import NOT_RUN, notes_of, tables_of
+from proper_ds.study.rows import (
+    NOBODY,
+    NOT_RUN,
+    difference_table,
+    notes_of,
+    score_table,
+    tables_of,
+    verdict_table,
+)
 from proper_ds.study.tables import write_results
 from tests.evaluation.crafted import PROTOCOL, ratings, write_run
 
@@ -64,6 +72,37 @@ def test_the_main_table_has_every_method_and_task_and_says_what_was_not_run(fini
     linked = links_of(text)
     assert len(linked) >= 3
     assert all((tmp_path / name).read_text().startswith("<svg") for name in linked)
+
+
+def test_a_part_without_anybody_and_tasks_without_a_verdict_are_told_as_such(finish, tmp_path):
+    alike = [one | {"num_history": 5} for one in ratings(CHANCES, 40)]
+    runs = [finish("films", "main", alike), finish("books", "main", ratings(CHANCES, 5))]
+    results = results_of(runs, tmp_path)
+    lower = difference_table(results, "lower half", "OPPU")
+    assert {row[1] for row in lower.rows} == {NOBODY}
+    assert {tuple(row[1:]) for row in score_table(results, "lower half").rows} != {(NOBODY, NOBODY)}
+    table = verdict_table(results)
+    column = table.header.index("over OPPU, all")
+    assert {row[0]: row[column] for row in table.rows}["proper"] == "1 / 0 / 0", "five users of books decide nothing"
+
+
+def test_few_users_are_told_of_several_seeds_too(finish, tmp_path):
+    runs = [finish("books", "main", ratings(CHANCES, 5), seed) for seed in (41, 42)]
+    shown = score_table(results_of(runs, tmp_path), "all").rows[0][1]
+    assert "2 seeds; too few users)" in shown
+
+
+def test_what_is_told_of_some_variants_names_them(finish, tmp_path):
+    runs = [finish(task, variant, ratings(CHANCES, 20)) for task in ("films", "books") for variant in ("main", "short")]
+    for run in runs:
+        cautions = ["of all"] + (["of short"] if run.variant == "short" else []) + (["one"] if run is runs[1] else [])
+        run.report["protocol"] = run.report["protocol"] | {"cautions": cautions}
+    told = notes_of(results_of(runs, tmp_path) | {"made_by": "x", "missing": []})
+    assert [line for line in told if "Not comparable" in line] == [
+        "Not comparable: of all",
+        "Not comparable: (short): of short",
+        "Not comparable: films (short): one",
+    ]
 
 
 def links_of(text):
@@ -246,10 +285,20 @@ def test_of_several_seeds_the_worst_says_how_a_method_stands_to_the_floor(finish
 
 
 def test_notes_say_of_which_tasks_they_are():
-    about = {"split": "dev", "name": "user-based"}
+    about = {"split": "dev", "name": "user-based", "base_parameters": 1000}
     runs = [
-        {"task": "films", "protocol": about | {"base": "small"}, "cautions": ["few people", "short prompts"]},
-        {"task": "books", "protocol": about | {"base": "large"}, "cautions": ["few people", "books: not LaMP's"]},
+        {
+            "task": "films",
+            "variant": "main",
+            "protocol": about | {"base": "small"},
+            "cautions": ["few people", "short prompts"],
+        },
+        {
+            "task": "books",
+            "variant": "main",
+            "protocol": about | {"base": "large"},
+            "cautions": ["few people", "books: not LaMP's"],
+        },
     ]
     empty = {"missing": [], "ablations": {}, "columns": {}, "test_reads": {}}
     results = empty | {
@@ -259,7 +308,7 @@ def test_notes_say_of_which_tasks_they_are():
         "runs": [r | {"chosen_by": []} for r in runs],
     }
     notes = notes_of(results)
-    assert "Protocol: films: split dev, user-based, base small." in notes
+    assert "Protocol: films: split dev, user-based, base small (1,000 parameters)." in notes
     assert "Not comparable: few people" in notes
     assert "Not comparable: films: short prompts" in notes
     assert "Not comparable: books: not LaMP's" in notes

@@ -73,6 +73,10 @@ def prepare(
     typer.echo(f"{manifest.num_history_items} history items in {len(manifest.shards)} shards: {out}")
     for split, counts in manifest.splits.items():
         typer.echo(f"split {split}: {counts['num_queries']} questions of {counts['num_users']} users")
+    for name, about in manifest.tasks.items():
+        labels = f"{len(about.labels)} labels" if about.labels else "open answers"
+        told = [about.lamp_id, labels, *about.metrics, *(["GENERATED data"] if about.generated else [])]
+        typer.echo(f"task {name}: {', '.join(told)}")
     for kind, count in manifest.set_aside.items():
         if count:
             typer.echo(f"{count} set aside ({kind}), listed in {out / 'problems.jsonl'}")

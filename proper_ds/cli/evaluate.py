@@ -33,4 +33,8 @@ def evaluate(
             mean = f"{score.user_means[name]:.4f}" if name in score.user_means else "-"
             users = "-" if score.num_users is None else str(score.num_users)
             table.add_row(score.task, name, f"{value:.4f}", mean, str(score.num_questions), users)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for score in scores:
+        for odd in score.odd:
+            console.print(f"{score.task}: {odd}", highlight=False, markup=False, soft_wrap=True)

@@ -46,6 +46,9 @@ class Converter:
         """Questions of the training split that a later split's history holds."""
         self.num_tuned_elsewhere = 0
         """Users set apart for choices who are asked in another split, too."""
+        self.num_given: Counter[int] = Counter()
+        self.num_usable: Counter[int] = Counter()
+        """By source, history items that records hold, and those of them that can be used; repeats count again."""
 
     def convert(self, staged: StagedUser) -> User:
         """The user, with history oldest first."""
@@ -110,6 +113,7 @@ class Converter:
     def _add_profile(self, user: str, profile: StagedProfile, kept: Kept) -> None:
         task = self._tasks[profile.source].task
         num_alike: Counter[tuple[str, ...]] = Counter()
+        self.num_given[profile.source] += len(profile.items)
         for position, raw in enumerate(profile.items, start=1):
             try:
                 item = history_item(task, raw)
@@ -118,6 +122,7 @@ class Converter:
                 text = f"history item {position}: {reason}"
                 self._complaints.add(Complaint("bad", profile.file, profile.record, key, text, user))
                 continue
+            self.num_usable[profile.source] += 1
             # The same item may stand in several of the user's profiles. Items without an id that are alike in one
             # profile are several: the user did it again.
             content = (item.id, item.text, item.answer, item.time)

@@ -12,7 +12,8 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,12 @@ class Fetcher:
                 return False
             logging.getLogger("proper_ds").warning("%s is not what was fetched; fetching it again", path)
             path.unlink()
-        self._out.mkdir(parents=True, exist_ok=True)
+        with _folder(self._out):
+            self._bring(remote, name)
+        return True
+
+    def _bring(self, remote: str, name: str) -> None:
+        path = self._out / name
         part = self._out / f".{name}.part"
         version = self._download(self._base + remote, part, name)
         digest = _sha256(part)
@@ -108,7 +114,6 @@ class Fetcher:
             "checked_by": SUMS if wanted else "size" if version.num_bytes is not None else "end of the JSON",
         }
         write_json_atomic(self._out / RECORD, {"files": self._fetched})
-        return True
 
     def _download(self, url: str, part: Path, name: str) -> _Version:
         num_failed, pause_s, most = 0, 1.0, _size(part)
@@ -122,13 +127,19 @@ class Fetcher:
                     num_failed += 1
                 if num_failed == MAX_TRIES:
                     raise FetchError(f"{url}: {error}, {MAX_TRIES} times in a row; run it again to go on") from None
-                self._pause(pause_s)
+                self._wait(pause_s, url, error, num_failed)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
                 continue
             if not _begins_as_json(part):
                 _discard(part)
                 raise DataError(f"{url} brought a page, not JSON: the address, or the mirror's, is wrong")
             return version
+
+    def _wait(self, pause_s: float, url: str, error: Exception, num_failed: int) -> None:
+        """Wait before the next request, and say so: minutes may pass until the last one."""
+        about = "%s: %s (%d of %d failures without progress); trying again in %g s"
+        logging.getLogger("proper_ds").warning(about, url, error, num_failed, MAX_TRIES, pause_s)
+        self._pause(pause_s)
 
     def _continue(self, url: str, part: Path, name: str) -> _Version:
         """One request for what is missing. Raises one of _TROUBLE where less than that came."""
@@ -204,8 +215,23 @@ class Fetcher:
                     raise FetchError(
                         f"{self._base}{SUMS}: {error}; what came cannot be checked, run it again"
                     ) from None
-                self._pause(min(2.0 ** (number - 1), MAX_PAUSE_S))
+                self._wait(min(2.0 ** (number - 1), MAX_PAUSE_S), self._base + SUMS, error, number)
         raise AssertionError("unreachable")
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder and those above it; those of them that are left empty by a failure go again."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+        raise
 
 
 def _start_of(response: Any) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from proper_ds.data.fetch import Fetcher, Missing
-from proper_ds.errors import DataError
+from proper_ds.errors import DataError, FetchError
 
 OFFICIAL = "https://ciir.cs.umass.edu/downloads/LaMP/"
 MIRROR_VARIABLE = "PROPER_DS_LAMP_MIRROR"
@@ -75,4 +75,9 @@ def fetch_lamp(
             if not name.startswith("test_"):
                 raise DataError(f"{reason}; is {base_url} the right address for LaMP's files?") from None
             logging.getLogger("proper_ds").warning("no test questions: %s", reason)
+        except FetchError as reason:
+            raise FetchError(
+                f"{reason}. Where this address cannot be reached, name another with the same paths: --mirror ADDRESS,"
+                f" or {MIRROR_VARIABLE} in the environment"
+            ) from None
     return brought

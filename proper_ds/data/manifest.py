@@ -112,6 +112,8 @@ class Manifest:
     """See DataConfig."""
     num_held_out: int = 0
     """Of `proper-ds data oppu-split`: the most active users, who are asked in split `test`; 0 for all other data."""
+    from_rows: list[str] = field(default_factory=list)
+    """Tasks that were read from JSONL or Parquet, so from nobody's published files, whatever they are called."""
     version: int = VERSION
 
     def write(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from proper_ds.data.convert import Converter, SourceTask
 from proper_ds.data.forgotten import Forgotten
 from proper_ds.data.instruction import SharedBeginning
 from proper_ds.data.manifest import MANIFEST, Counts, Manifest, Shard, TaskManifest
-from proper_ds.data.problems import NOW_HISTORY, Complaints
+from proper_ds.data.problems import NOW_HISTORY, Complaints, RefusedError
 from proper_ds.data.shards import ShardWriter
 from proper_ds.data.sources import Source, find_sources
 from proper_ds.data.staging import Staging
@@ -69,7 +69,8 @@ def prepare(
 
     Raises:
         DataError: for unreadable input, and for bad records or leaks that are to be refused; every one of them is
-            listed in `out/problems.jsonl`, and no manifest is written.
+            listed in `out/problems.jsonl`, and no manifest is written. Also where bad records are set aside, and a data
+            set would lose all its history by that.
     """
     sources = find_sources(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def prepare(
         _check_limits(config, staging)
         converter = Converter(tasks, config, complaints)
         shards, counts = _write_users(staging, converter, out, config.num_users_per_shard, len(known.users), progress)
-        _settle(complaints, config, out)
+        _settle(complaints, config, out, sources, converter)
         _check_tuning(converter.num_tuned_elsewhere, config)
     if counts.num_users == counts.num_empty:
         raise DataError(f"{', '.join(config.path)}: no usable user was found")
@@ -111,6 +112,7 @@ def prepare(
         num_taught_as_history=converter.num_taught_as_history,
         limits={name: getattr(config, name) for name in LIMITS if getattr(config, name) is not None},
         tune_share=config.tune_share,
+        from_rows=[task.task.name for source, task in zip(sources, tasks, strict=True) if source.is_rows],
     )
     _warn_of_history(manifest)
     manifest.write(out)
@@ -144,6 +146,13 @@ def _warn_of_history(manifest: Manifest) -> None:
         log.warning(text, manifest.num_before_history)
 
 
+def _warn_of_bare(source: Source, num: int) -> None:
+    """Say how many questions are answered with a history that did not come with them."""
+    if num:
+        text = "%s: %d questions have no `profile`, but others of the same users have; they are taken to share it"
+        logging.getLogger("proper_ds").warning(text, source.path, num)
+
+
 def _check_limits(config: DataConfig, staging: Staging) -> None:
     """Refuse limits of splits that are not there: they would limit nothing."""
     limits = config.max_users_per_split
@@ -167,13 +176,28 @@ def _check_tuning(num_users: int, config: DataConfig) -> None:
         )
 
 
-def _settle(complaints: Complaints, config: DataConfig, out: Path) -> None:
+def _settle(
+    complaints: Complaints, config: DataConfig, out: Path, sources: Sequence[Source], converter: Converter
+) -> None:
     try:
         complaints.settle(config.bad_records, config.leaks, config.near_duplicates)
-    except DataError as error:
+        _check_histories(complaints, sources, converter)
+    except DataError:
         for shard in out.glob("users-*.parquet"):
             shard.unlink()
-        raise DataError(f"{error}\nAll of them are listed in {complaints.path}.") from None
+        raise
+
+
+def _check_histories(complaints: Complaints, sources: Sequence[Source], converter: Converter) -> None:
+    """Refuse to set all history of a data set aside: that is no handful of bad records, but data read as another's."""
+    for index, source in enumerate(sources):
+        given = converter.num_given[index]
+        if given and not converter.num_usable[index]:
+            raise RefusedError(
+                f"{source.path}: none of {given:,} history items can be used, so nobody would have a history; that is"
+                f" refused where bad records are set aside, too.\n{complaints.bad_text(may_skip=False)}",
+                complaints.path,
+            )
 
 
 def _stage(
@@ -203,6 +227,8 @@ def _stage(
             if done % 200 == 0:
                 progress(f"questions of {source.path.name}", done, None)
         progress(f"questions of {source.path.name}", done, done)
+        if source.format == "lamp":  # elsewhere, a user's history may stand in one of several rows alone
+            _warn_of_bare(source, staging.num_bare(index))
         task = with_info(task_of(source.declared, fields, str(source.path)), source.info, str(source.path))
         if any(task.name == other.task.name for other in tasks):
             raise DataError(

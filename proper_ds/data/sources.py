@@ -22,7 +22,7 @@ from proper_ds.data.readers import (
     read_parquet,
 )
 from proper_ds.data.records import RawGold, RawQuestion
-from proper_ds.data.tasks import TASKS
+from proper_ds.data.tasks import LEGAL_NAMES
 from proper_ds.errors import DataError
 
 SPLITS = ("train", "dev", "validation", "test")
@@ -52,6 +52,11 @@ class Source:
     def files(self) -> list[Path]:
         """All files, in reading order."""
         return [file for file, _ in (*self.golds, *self.questions)]
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is somebody's own JSONL or Parquet, in the form that only proper_ds has."""
+        return self.format in ("jsonl", "parquet")
 
     @property
     def gold_splits(self) -> frozenset[str]:
@@ -168,7 +173,8 @@ def _lamp_source(path: Path, files: list[Path], info: dict[str, Any], task: str 
         declared = declared or declared_task(file)
     if declared is None:
         raise DataError(
-            f"{path}: no outputs file names its task; set data.task to one of {', '.join(t for t in TASKS)}"
+            f"{path}: no outputs file names its task; set data.task (data prepare: --task) to one of"
+            f" {', '.join(LEGAL_NAMES)}"
         )
     return Source(path, "lamp", tuple(questions), tuple(golds), info, str(declared))
 

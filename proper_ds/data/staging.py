@@ -22,7 +22,7 @@ _SCHEMA = """
 CREATE TABLE golds (source INT, split TEXT, id TEXT, output TEXT, file TEXT, record INT, used INT DEFAULT 0,
                     PRIMARY KEY (source, split, id)) WITHOUT ROWID;
 CREATE TABLE questions (seq INTEGER PRIMARY KEY, source INT, split TEXT, id TEXT, user TEXT, input TEXT, time TEXT,
-                        gold TEXT, file TEXT, record INT, UNIQUE (source, split, id));
+                        gold TEXT, file TEXT, record INT, is_bare INT, UNIQUE (source, split, id));
 CREATE INDEX by_user ON questions (user, seq);
 CREATE TABLE profiles (seq INTEGER PRIMARY KEY, source INT, user TEXT, split TEXT, digest BLOB, items TEXT, file TEXT,
                        record INT, UNIQUE (user, source, split, digest));
@@ -139,9 +139,9 @@ class Staging:
             q = question
             try:
                 self._db.execute(
-                    "INSERT INTO questions (source, split, id, user, input, time, gold, file, record)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (source, q.split, q.id, q.user, q.input, q.time, gold, q.file, q.record),
+                    "INSERT INTO questions (source, split, id, user, input, time, gold, file, record, is_bare)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (source, q.split, q.id, q.user, q.input, q.time, gold, q.file, q.record, not q.profile),
                 )
             except sqlite3.IntegrityError:
                 self._complain(question, "a second question with this id")
@@ -176,6 +176,15 @@ class Staging:
         self._num_seen[question.split] = self._num_seen.get(question.split, 0) + 1
         self._db.execute("INSERT INTO seen VALUES (?, ?)", key)
         return True
+
+    def num_bare(self, source: int) -> int:
+        """Questions that came without a history although others of the same user came with one."""
+        found = self._db.execute(
+            "SELECT COUNT(*) FROM questions q WHERE source=? AND is_bare AND EXISTS"
+            " (SELECT 1 FROM profiles p WHERE p.user=q.user AND p.source=q.source)",
+            (source,),
+        )
+        return int(found.fetchone()[0])
 
     def complain_of_unused_golds(self) -> None:
         """Every gold answer whose question never came is a bad record."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from proper_ds.data.problems import BadRecord
+from proper_ds.data.problems import GIVE_TASK, BadRecord
 from proper_ds.errors import DataError
 
 Kind = Literal["classification", "ordinal", "generation"]
@@ -31,9 +31,14 @@ class Pair:
     prompt: str = "{}"
     instruction: bool = True
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields that an item needs for this pair."""
+        return frozenset([self.answer] if self.text is None else [self.answer, self.text])
+
     def fits(self, item: Mapping[str, Any]) -> bool:
         """Whether the item has the fields that this pair needs."""
-        return self.answer in item and (self.text is None or self.text in item)
+        return self.fields <= item.keys()
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Task:
             if pair.fits(item):
                 return index
         wanted = " or ".join("+".join(f for f in (p.text, p.answer) if f) for p in self.pairs)
-        raise BadRecord(f"history item has fields {sorted(item)}, but {self.name} needs {wanted}")
+        raise BadRecord(f"history item has fields {sorted(item)}, but {self.name} needs {wanted}{_whose(item)}")
 
     def checked_answer(self, answer: str) -> str:
         """The answer, stripped; raises BadRecord when it is empty or not one of the labels."""
@@ -178,6 +183,33 @@ TASKS = {
 }  # fmt: skip
 
 
+LEGAL_NAMES = tuple(dict.fromkeys(name for task in TASKS.values() for name in (task.lamp_id, task.name)))
+"""What a task may be called: as in TASKS, and `LaMP_2`, by which LaMP's files mean two tasks."""
+
+
+def _whose(item: Mapping[str, Any]) -> str:
+    """A hint at the tasks whose history items have exactly these fields; "" where there are none.
+
+    A single field says nothing: an item of most tasks that lacks its answer looks like one of LaMP-7. LongLaMP's items
+    have other fields in its files than here.
+    """
+    fields = item.keys() - {"id", "date", "time"}
+    names = [
+        task.name
+        for task in TASKS.values()
+        if not task.name.startswith("LongLaMP")
+        and any(len(pair.fields) > 1 and pair.fields <= fields <= _known_fields(task, pair) for pair in task.pairs)
+    ]
+    if not names:
+        return ""
+    whose, legal = " or ".join(f"{name}'s" for name in names), " or ".join(names)
+    return f"; these are {whose} fields; {GIVE_TASK}{legal} (data prepare: --task {legal})"
+
+
+def _known_fields(task: Task, pair: Pair) -> frozenset[str]:
+    return pair.fields.union(task.retrieval_fields)
+
+
 def task_of(declared: str, profile_fields: frozenset[str], where: str) -> Task:
     """The task that a data set declares, told apart by its profile's fields where LaMP reuses an id.
 
@@ -193,7 +225,9 @@ def task_of(declared: str, profile_fields: frozenset[str], where: str) -> Task:
             return TASKS["LaMP_2M"]
         fields = ", ".join(sorted(profile_fields))
         raise DataError(f"{where}: LaMP_2 items need `tag` (movies) or `category` (news); found fields {fields}")
-    raise DataError(f"{where}: unknown task {declared!r}; legal are {', '.join(TASKS)}. Set it with data.task.")
+    legal = ", ".join(LEGAL_NAMES)
+    mend = "Set it with data.task (data prepare: --task), or as `task` in info.json."
+    raise DataError(f"{where}: unknown task {declared!r}; legal are {legal}. {mend}")
 
 
 def with_info(task: Task, info: Mapping[str, Any], where: str) -> Task:

@@ -10,7 +10,6 @@ import gzip
 import json
 import zipfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 from proper_ds.errors import DataError
 
 NUM_SHOWN = 5
+FORM = '{"task": "LaMP_3", "golds": [{"id": "310", "output": "4"}, ...]}'
+"""What a file of answers looks like, for messages."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class AnswerFile:
     Attributes:
         source: where they were read, for messages.
         path: the file on disk: a zip where they came in one.
+        task: as the file names it, which may be a name that is not known here; None where it names none.
         answers: by question id, white space at the ends kept.
     """
 
     source: str
     path: Path
-    task: str
+    task: str | None
     answers: dict[str, str]
 
 
@@ -40,11 +42,10 @@ def read_answers(path: Path) -> list[AnswerFile]:
     """The answers in a file, a zip, or a folder of files.
 
     Raises:
-        DataError: for what cannot be read or is not in LaMP's form, for an id that comes twice, and for two files of
-            one task.
+        DataError: for what cannot be read or is not in LaMP's form, and for an id that comes twice.
     """
     if not path.exists():
-        raise DataError(f"{path} does not exist; give a file of LaMP's form, a folder or a zip of such files")
+        raise DataError(f"{path} does not exist; give a file of LaMP's form, a folder or a zip of such files: {FORM}")
     if path.is_dir():
         texts = [(str(file), file, _unpacked(file)) for file in sorted(path.iterdir()) if _is_json(file.name)]
         found = [_parsed(*text) for text in texts if b'"golds"' in text[2]]  # questions and info.json may lie beside
@@ -53,11 +54,7 @@ def read_answers(path: Path) -> list[AnswerFile]:
     else:
         found = [_parsed(str(path), path, _unpacked(path))]
     if not found:
-        raise DataError(f"{path} holds no answers: no *.json[.gz] with `task` and `golds`")
-    for task, count in Counter(file.task for file in found).items():
-        if count > 1:
-            several = ", ".join(file.source for file in found if file.task == task)
-            raise DataError(f"{count} files hold answers of task {task!r} ({several}); give the one that is meant")
+        raise DataError(f"{path} holds no answers; give files *.json[.gz] of LaMP's form of outputs: {FORM}")
     return found
 
 
@@ -84,13 +81,17 @@ def _zipped(path: Path) -> list[tuple[str, bytes]]:
 
 
 def _parsed(source: str, path: Path, text: bytes) -> AnswerFile:
+    if not text.strip():
+        raise DataError(f"{source} is empty; LaMP's form of outputs is needed: {FORM}")
     try:
         whole = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{source} is no JSON ({str(error)[:100]})") from None
+        is_lines = _is_json_text(text.strip().splitlines()[0])
+        what = "holds lines of JSON" if is_lines else f"is no JSON ({str(error)[:100]})"
+        raise DataError(f"{source} {what}; LaMP's form of outputs is needed, one object a file: {FORM}") from None
     golds = whole.get("golds") if isinstance(whole, dict) else None
-    if not isinstance(golds, list) or not isinstance(whole.get("task"), str):
-        raise DataError(f'{source} is not in LaMP\'s form: {{"task": "LaMP_3", "golds": [{{"id": .., "output": ..}}]}}')
+    if not isinstance(golds, list) or not isinstance(whole.get("task") or "", str):
+        raise DataError(f"{source} is not in LaMP's form of outputs: {FORM}")
     answers: dict[str, str] = {}
     repeated: list[str] = []
     for position, record in enumerate(golds, start=1):
@@ -102,7 +103,15 @@ def _parsed(source: str, path: Path, text: bytes) -> AnswerFile:
         answers[key] = str(record["output"])
     if repeated:
         raise DataError(f"{source}: {_named(repeated, 'id')} more than once; keep one answer for each question")
-    return AnswerFile(source, path, whole["task"], answers)
+    return AnswerFile(source, path, whole.get("task") or None, answers)
+
+
+def _is_json_text(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_text(value: Any) -> bool:

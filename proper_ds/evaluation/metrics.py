@@ -49,14 +49,19 @@ def _simple(name: str, one: Callable[[str, str], float], higher: bool, after: An
     return Metric(name, lambda gold, given: np.asarray([one(gold, given), 1.0]), value, value, higher)
 
 
-def rating_error(gold: str, given: str) -> float:
-    """Prediction minus gold; an unparsable prediction counts as 1 or 5, whichever is farther from the gold."""
-    wanted = float(gold.strip())
+def rating_of(given: str) -> float | None:
+    """The rating that a text is, or None where it is no number."""
     try:
         rating = float(given.strip())
     except ValueError:
-        rating = math.nan
-    if not math.isfinite(rating):  # "nan" parses, but would leave no mean to report
+        return None
+    return rating if math.isfinite(rating) else None  # "nan" parses, but would leave no mean to report
+
+
+def rating_error(gold: str, given: str) -> float:
+    """Prediction minus gold; an unparsable prediction counts as 1 or 5, whichever is farther from the gold."""
+    wanted, rating = float(gold.strip()), rating_of(given)
+    if rating is None:
         rating = 1.0 if abs(1 - wanted) > abs(5 - wanted) else 5.0
     return rating - wanted
 

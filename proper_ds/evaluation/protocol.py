@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 from proper_ds.data.manifest import Manifest
 from proper_ds.data.oppu import HELD_OUT
 from proper_ds.data.prepared import PreparedData
-from proper_ds.data.tasks import TASKS
 from proper_ds.evaluation.config import EvaluationConfig
-from proper_ds.evaluation.published import OPPU_100, TIME_BASED, USER_BASED
+from proper_ds.evaluation.published import OPPU_100, TIME_BASED, USER_BASED, is_published
 from proper_ds.model.base_files import num_parameters
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def cautions(protocol: dict[str, Any], manifest: Manifest) -> list[str]:
         found.append(
             f"{manifest.num_before_history} questions are older than some item of the history they are asked with."
         )
-    own = [name for name, task in manifest.tasks.items() if name not in TASKS or task.lamp_id == "generic"]
+    own = [name for name in manifest.tasks if not is_published(name, manifest)]
     if own:
         found.append(f"{', '.join(own)}: not LaMP's own data.")
     if protocol["closed_labels"] == "score":

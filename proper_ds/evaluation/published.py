@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from proper_ds.data.manifest import Manifest
 from proper_ds.data.tasks import TASKS
 
 OPPU_100, TIME_BASED, USER_BASED = "OPPU-100", "time-based", "user-based"
@@ -78,23 +79,30 @@ PUBLISHED = [
 ]
 
 
-def published_for(task: str, about: dict[str, Any], protocol: str, base: str) -> list[dict[str, Any]]:
+def is_published(name: str, manifest: Manifest) -> bool:
+    """Whether a task's data may be taken for a benchmark's own: in the form of its files, under its name, with its
+    labels, and not generated."""
+    known, task = TASKS.get(name), manifest.tasks[name]
+    if known is None or known.lamp_id == "generic" or name in manifest.from_rows:
+        return False
+    return not task.generated and task.labels == known.labels
+
+
+def published_for(task: str, manifest: Manifest, protocol: str, base: str) -> list[dict[str, Any]]:
     """The published figures of a task, each with `differs`: what makes it another experiment than ours.
 
-    Nothing for data that is not LaMP's own: generated, under a name of its own, or with other labels.
+    Nothing for data that is not LaMP's own.
 
     Args:
         task: the task's name in the report.
-        about: what the report says of it (`generated`, `labels`).
         protocol: of this run's data, as far as known.
     """
-    known = TASKS.get(task)
-    if known is None or about["generated"] or tuple(about["labels"] or ()) != (known.labels or ()):
+    if not is_published(task, manifest):
         return []
     return [
         asdict(row) | {"differs": _differences(row, protocol, base)}
         for row in PUBLISHED
-        if row.task == task and row.metric in about["metrics"]
+        if row.task == task and row.metric in manifest.tasks[task].metrics
     ]
 
 

@@ -74,7 +74,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
     protocol["cautions"] += run_cautions(config, prompts, taught) + answer_cautions(table, names)
     for name, about in scored["tasks"].items():
         about["protocol"] = protocol["name"]
-        about["published"] = published_for(name, about, protocol["name"], protocol["base"])
+        about["published"] = published_for(name, manifest, protocol["name"], protocol["base"])
     stages = stages_of(config)
     return {
         "run": str(context.folder.root),

@@ -13,10 +13,12 @@ from proper_ds.data.files import stem_of
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.readers import read_lamp_questions
 from proper_ds.data.sources import read_info
-from proper_ds.data.tasks import TASKS, Task, task_of, with_info
+from proper_ds.data.tasks import TASKS, Task, with_info
 from proper_ds.errors import DataError
 from proper_ds.evaluation.answer_files import AnswerFile, check_same_ids, read_answers
+from proper_ds.evaluation.answer_pairs import pairs_of
 from proper_ds.evaluation.metrics import metrics_of
+from proper_ds.evaluation.odd_answers import Odd, odd_answers
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class TaskScore:
         num_users: None where nothing says who asked.
         values: by metric, over all questions: the official value.
         user_means: by metric, the mean of users' own values; empty where users are not known.
+        odd: predictions that are no legal answer of the task; they are scored as the official definitions have it.
     """
 
     task: str
@@ -36,6 +39,7 @@ class TaskScore:
     num_users: int | None
     values: dict[str, float]
     user_means: dict[str, float]
+    odd: list[Odd]
 
 
 def score_files(
@@ -48,7 +52,8 @@ def score_files(
     """Scores of every task in `predictions`.
 
     Args:
-        task: which task to score where the files hold several, or which form a `LaMP_2` has (LaMP_2M, LaMP_2N).
+        task: which task to score where the files hold several, which form a `LaMP_2` has (LaMP_2M, LaMP_2N), or what
+            the task is where the files do not say, or by a name that is not LaMP's.
         labels: the label set in place of the task's own or that of an info.json beside the golds.
         questions: the questions, which say who asked; by default `X_questions.json[.gz]` beside a gold `X_outputs`.
 
@@ -56,38 +61,18 @@ def score_files(
         DataError: for files that cannot be read, of different tasks, with missing, other or repeated ids, and for
             golds that are not legal answers of the task.
     """
-    given_files, gold_files = read_answers(predictions), read_answers(golds)
-    if task is not None:
-        declared = _declared(task)
-        given_files = [file for file in given_files if file.task in (task, declared)]
-        gold_files = [file for file in gold_files if file.task in (task, declared)]
-        for path, found in ((predictions, given_files), (golds, gold_files)):
-            if not found:
-                raise DataError(f"{path} holds no answers of task {task}; its `task` says another")
-    by_task = {file.task: file for file in gold_files}
     scores = []
-    for given in given_files:
-        gold = by_task.get(given.task)
-        if gold is None:
-            held = ", ".join(sorted(by_task))
-            raise DataError(f"{given.source} answers task {given.task!r}, but the golds of {golds} are of {held}")
+    for given, gold, name in pairs_of(read_answers(predictions), read_answers(golds), predictions, golds, task):
         check_same_ids(given, gold)
-        scores.append(_score(given, gold, _task_of(gold, task, labels), questions))
+        scores.append(_score(given, gold, _task_of(gold, name, labels), questions))
     return scores
 
 
-def _declared(task: str) -> str:
-    return TASKS[task].lamp_id if task in TASKS else task
-
-
-def _task_of(golds: AnswerFile, name: str | None, labels: Sequence[str] | None) -> Task:
+def _task_of(golds: AnswerFile, name: str, labels: Sequence[str] | None) -> Task:
     info = read_info(golds.path.parent / "info.json")
     if labels is not None:
         info = info | {"labels": list(labels)}
-    if name is None and golds.task == "LaMP_2":
-        task = _movies_or_news(golds)
-    else:
-        task = task_of(name or golds.task, frozenset(), golds.source)
+    task = TASKS[name] if name in TASKS else _movies_or_news(golds)
     task = with_info(task, {key: info[key] for key in ("name", "labels") if key in info}, golds.source)
     if task.labels is not None:
         strange = sorted({answer.strip() for answer in golds.answers.values()} - set(task.labels))
@@ -116,7 +101,8 @@ def _score(given: AnswerFile, golds: AnswerFile, task: Task, questions: Path | N
             np.add.at(sums, users, statistics)
             means[metric.name] = float(np.mean(metric.user_value(sums)))
     num_users = None if users is None else int(users.max()) + 1
-    return TaskScore(task.name, given.source, golds.source, len(ids), num_users, values, means)
+    odd = odd_answers(task, (given.answers[key] for key in ids))
+    return TaskScore(task.name, given.source, golds.source, len(ids), num_users, values, means, odd)
 
 
 def _users_of(golds: AnswerFile, ids: list[str], questions: Path | None) -> np.ndarray | None:
@@ -157,6 +143,10 @@ def as_json(scores: Sequence[TaskScore]) -> dict[str, Any]:
                 "metrics": {
                     name: {"value": value, "user_mean": score.user_means.get(name)}
                     for name, value in score.values.items()
+                },
+                "odd_predictions": {
+                    odd.what: {"num": odd.num, "counted": odd.counts_as, "examples": list(odd.examples)}
+                    for odd in score.odd
                 },
             }
             for score in scores

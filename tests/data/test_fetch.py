@@ -170,6 +170,25 @@ def test_a_file_that_came_whole_before_the_process_ended_is_not_asked_for_again(
     assert (tmp_path / "a.json").read_bytes() == BODY
 
 
+def test_a_server_that_does_not_answer_is_told_with_a_way_out_and_leaves_nothing(server, tmp_path, caplog):
+    server.close()
+    pauses: list[float] = []
+    out = tmp_path / "new" / "lamp"
+    with pytest.raises(FetchError, match=r"6 times in a row.*--mirror ADDRESS, or PROPER_DS_LAMP_MIRROR"):
+        fetch_lamp("3", "user", server.url, out, lambda url, path: Fetcher(url, path, 5.0, pauses.append))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == len(pauses) == MAX_TRIES - 1
+    assert all(line.endswith(f"trying again in {pause:g} s") for line, pause in zip(told, pauses, strict=True))
+    assert left(tmp_path) == []
+
+
+def test_what_came_before_a_failure_stays_with_its_folder(server, tmp_path):
+    server.cut = [70_000, 0]
+    with pytest.raises(FetchError):
+        fetch(server, tmp_path / "new")
+    assert ".a.json.part" in left(tmp_path / "new")
+
+
 def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(server, tmp_path):
     server.statuses = [503, 429]
     pauses: list[float] = []

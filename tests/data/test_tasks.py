@@ -52,12 +52,29 @@ def test_other_pairs_of_the_same_task():
     assert (mail.text, mail.answer, mail.prompt) == ("rude", "polite", 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "hint"),
+    [
+        ("generic", ["text", "score", "id", "date"], "LaMP_3's fields; give data.task=LaMP_3 (data prepare: --task"),
+        ("LaMP_3", ["input", "output"], "generic's fields; give data.task=generic"),
+        ("generic", ["text", "title"], "LaMP_4's or LaMP_6's fields; give data.task=LaMP_4 or LaMP_6"),
+        ("generic", ["text", "score", "shop"], None),
+        ("LaMP_3", ["text"], None),
+    ],
+)
+def test_items_of_another_task_are_known_by_their_fields(name, fields, hint):
+    with pytest.raises(BadRecord) as caught:
+        TASKS[name].pair_of(dict.fromkeys(fields, "x"))
+    assert (hint is None) == ("these are" not in str(caught.value))
+    assert hint is None or hint in str(caught.value)
+
+
 def test_lamp_2_is_told_apart_by_its_fields():
     assert task_of("LaMP_2", frozenset({"tag", "description"}), "x").name == "LaMP_2M"
     assert task_of("LaMP_2", frozenset({"category", "text"}), "x").name == "LaMP_2N"
     with pytest.raises(DataError, match="need `tag`"):
         task_of("LaMP_2", frozenset({"text"}), "x")
-    with pytest.raises(DataError, match="unknown task 'LaMP_9'"):
+    with pytest.raises(DataError, match=r"unknown task 'LaMP_9'; legal are LaMP_1, LaMP_2, LaMP_2M, .*data\.task"):
         task_of("LaMP_9", frozenset(), "x")
 
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from proper_ds.data.config import DataConfig
@@ -15,6 +17,7 @@ from proper_ds.data.prepared import PreparedData
 from proper_ds.data.protocols import hold_out_most_active
 from proper_ds.evaluation.config import EvaluationConfig
 from proper_ds.evaluation.protocol import cautions, decoding, is_oppu, name_of, split_protocol, users_of
+from tests.fakes import write_json
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,53 @@ def test_cautions_name_what_makes_it_another_experiment(prepared):
     found = " ".join(cautions(about, prepared.manifest))
     for word in ("split dev", "of the users", "first", "by likelihood", "older"):
         assert word not in found
+
+
+def ratings(user, n):
+    return {"id": f"{user}{n}", "text": f"review {n} of {user}", "score": "4"}
+
+
+def caution_of(folder, out, **config):
+    """Whether the report of data says that it is not LaMP's own."""
+    prepare(DataConfig(path=str(folder), **config), out)
+    about = {"split": "dev", "name": "mixed", "share_of_users_also_in_training": 0.5, "closed_labels": "score"}
+    manifest = Manifest.read(out)
+    assert "LaMP_3" in manifest.tasks or "mine" in manifest.tasks
+    return any("not LaMP's own data" in line for line in cautions(about, manifest))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_rows_are_never_lamps_own_data(tmp_path, ending):
+    rows = [
+        {"user": user, "history": [ratings(user, n) for n in range(3)], "query": f"film of {user}", "answer": "3"}
+        for user in "ab"
+    ]
+    (tmp_path / "in").mkdir()
+    if ending == "jsonl":
+        (tmp_path / "in" / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "train.parquet")
+    assert caution_of(tmp_path / "in", tmp_path / "out", task="LaMP_3")
+    raw = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert raw.pop("from_rows") == ["LaMP_3"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(raw))  # as earlier versions wrote it
+    assert Manifest.read(tmp_path / "out").from_rows == []
+
+
+def test_lamps_form_without_a_name_is_taken_for_lamps_own_data(tmp_path):
+    asked = [
+        {"id": str(n), "user_id": user, "input": f"film of {user}", "profile": [ratings(user, k) for k in range(3)]}
+        for n, user in enumerate("ab")
+    ]
+    folder = tmp_path / "in"
+    write_json(folder / "train_questions.json", asked)
+    golds = [{"id": str(n), "output": "3"} for n in range(2)]
+    write_json(folder / "train_outputs.json", {"task": "LaMP_3", "golds": golds})
+    assert not caution_of(folder, tmp_path / "out")
+    write_json(folder / "info.json", {"labels": ["1", "2", "3", "4"]})
+    assert caution_of(folder, tmp_path / "labels")
+    write_json(folder / "info.json", {"name": "mine"})
+    assert caution_of(folder, tmp_path / "named")
 
 
 def test_what_was_left_out_when_data_was_prepared_is_told_of_the_prepared_folder(prepared, tmp_path):

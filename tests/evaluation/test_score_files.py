@@ -32,7 +32,7 @@ TITLES = {"x": ("Running the dogs", "run dog"), "y": ("A b c d", " a b d c ")}
 
 def lamp(path, task, pairs, column):
     golds = [{"id": key, "output": row[column]} for key, row in pairs.items()]
-    whole = {"task": task, "golds": golds}
+    whole = {"golds": golds} if task is None else {"task": task, "golds": golds}
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(json.dumps(whole).encode()))
     else:
@@ -111,6 +111,103 @@ def test_labels_of_the_info_file_and_of_the_command(tmp_path):
     assert (score.task, score.values["f1_macro"]) == ("mine", pytest.approx(1 / 3))
 
 
+def test_the_command_says_which_task_it_is_where_the_files_do_not(tmp_path):
+    given, golds = files(tmp_path, "mytask", TITLES)
+    with pytest.raises(DataError, match="unknown task 'mytask'; say which it is with --task: LaMP_1, LaMP_2, LaMP_2M"):
+        score_files(given, golds)
+    (known,) = score_files(given, golds, task="LaMP_5")
+    lamp(given, None, TITLES, 1), lamp(golds, None, TITLES, 0)
+    with pytest.raises(DataError, match="names no task; say which it is with --task"):
+        score_files(given, golds)
+    (silent,) = score_files(given, golds, task="LaMP_5")
+    lamp(golds, "LaMP_5", TITLES, 0)
+    (half,) = score_files(given, golds)
+    assert known.task == silent.task == half.task == "LaMP_5"
+    assert known.values == silent.values == half.values
+    with pytest.raises(DataError, match="--task 'LaMP_9' is not known; legal are LaMP_1, LaMP_2, LaMP_2M"):
+        score_files(given, golds, task="LaMP_9")
+    with pytest.raises(DataError, match="holds no answers of task LaMP_4; its `task` says LaMP_5"):
+        score_files(given, golds, task="LaMP_4")
+
+
+def test_the_two_names_of_a_task_are_one(tmp_path):
+    movies = {"1": ("comedy", "comedy"), "2": ("action", "comedy")}
+    given, golds = files(tmp_path, "LaMP_2", movies)
+    lamp(given, "LaMP_2M", movies, 1)
+    (score,) = score_files(given, golds)
+    assert (score.task, score.values["accuracy"]) == ("LaMP_2M", 0.5)
+    for task in ("LaMP_2", "LaMP_2M"):
+        assert score_files(given, golds, task=task) == [score]
+    lamp(golds, "LaMP_2N", movies, 0)
+    with pytest.raises(DataError, match=r"answers task 'LaMP_2M', but the golds of .* are of LaMP_2N"):
+        score_files(given, golds)
+
+
+def test_of_a_folder_of_golds_those_are_taken_whose_ids_are_answered(tmp_path):
+    given, dev = files(tmp_path, "LaMP_5", TITLES)
+    train = lamp(tmp_path / "train_outputs.json", "LaMP_5", {"t": ("other", "")}, 0)
+    folder = tmp_path / "golds"
+    folder.mkdir()
+    for path in (train, dev):
+        path.rename(folder / path.name)
+    (score,) = score_files(given, folder)
+    assert score.golds == str(folder / "dev_outputs.json")
+    lamp(given, "LaMP_5", {"x": TITLES["x"]}, 1)
+    with pytest.raises(DataError, match=r"1 question \('y'\) of .*dev_outputs.json without an answer"):
+        score_files(given, folder)
+    lamp(folder / "test_outputs.json", "LaMP_5", {"x": TITLES["x"]}, 0)
+    (score,) = score_files(given, folder)
+    assert score.golds == str(folder / "test_outputs.json"), "the one with exactly these ids"
+    lamp(folder / "test_outputs.json", "LaMP_5", TITLES, 0)
+    with pytest.raises(DataError, match=r"several files: .*dev_outputs.json \(1 ids in common\), .*test_outputs.json"):
+        score_files(given, folder)
+    lamp(given, "LaMP_5", {"q": TITLES["x"]}, 1)
+    with pytest.raises(DataError, match=r"answers no question of .*dev_outputs\.json"):
+        score_files(given, folder)
+
+
+def test_predictions_of_one_task_in_two_files_are_refused(tmp_path):
+    given, golds = files(tmp_path, "LaMP_5", TITLES)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("one.json", "two.json"):
+        (folder / name).write_bytes(given.read_bytes())
+    with pytest.raises(DataError, match=r"2 files hold answers of task 'LaMP_5' \(.*one.json, .*two.json\)"):
+        score_files(folder, golds)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "dev_outputs.json is empty"),
+        ('{"user": "ann", "query": "?"}\n{"user": "bob", "query": "?"}\n', "holds lines of JSON"),
+        ('{"task": ', "is no JSON"),
+        ('{"task": 3, "golds": []}', "not in LaMP's form"),
+    ],
+)
+def test_what_is_no_file_of_outputs_is_told_what_one_looks_like(tmp_path, text, message):
+    given, golds = files(tmp_path, "LaMP_5", TITLES)
+    golds.write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        score_files(given, golds)
+    assert '{"task": "LaMP_3", "golds": [{"id": "310", "output": "4"}, ...]}' in str(caught.value)
+
+
+def test_answers_that_cannot_be_read_are_counted(tmp_path):
+    pairs = {str(n): ("3", text) for n, text in enumerate(["three stars", " nan", "700", "3.5", "4", "", "nan"])}
+    (score,) = score_files(*files(tmp_path / "ratings", "LaMP_3", pairs))
+    found = [(odd.what, odd.num, odd.num_predictions, odd.examples) for odd in score.odd]
+    assert found == [("no number", 4, 7, ("three stars", "nan", "")), ("outside 1 to 5", 1, 7, ("700",))]
+    (score,) = score_files(*files(tmp_path / "news", "LaMP_2", NEWS))
+    assert [str(odd) for odd in score.odd] == [
+        "2 of 5 predictions are outside the label set, counted as wrong: 'Sports', 'no such label'"
+    ]
+    written = as_json([score])["tasks"]["LaMP_2N"]["odd_predictions"]
+    assert written["outside the label set"]["num"] == 2
+    (score,) = score_files(*files(tmp_path / "titles", "LaMP_5", TITLES))
+    assert score.odd == []
+
+
 def test_what_does_not_match_is_named(tmp_path):
     given, golds = files(tmp_path, "LaMP_5", TITLES)
     lamp(given, "LaMP_5", {"x": TITLES["x"], "z": TITLES["y"]}, 1)
@@ -132,7 +229,7 @@ def test_the_command_prints_and_writes(tmp_path):
     given, golds = files(tmp_path, "LaMP_3", RATINGS)
     asked = ["evaluate", "--predictions", given, "--golds", golds, "--json", tmp_path / "scores.json"]
     result = CliRunner().invoke(app, list(map(str, asked)))
-    assert result.exit_code == 0 and "LaMP_3" in result.output
+    assert result.exit_code == 0 and "LaMP_3: 3 of 7 predictions are no number" in result.output
     written = json.loads((tmp_path / "scores.json").read_text())["tasks"]["LaMP_3"]
     assert written["num_questions"] == 7 and f"{written['metrics']['mae']['value']:.4f}" in result.output
     result = CliRunner().invoke(app, list(map(str, [*asked, "--task", "LaMP_5"])))

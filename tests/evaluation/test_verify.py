@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from proper_ds.data.manifest import Manifest
 from proper_ds.errors import UserError
 from proper_ds.evaluation import report_rows
 from proper_ds.evaluation.published import OPPU_100, published_for
@@ -154,13 +156,18 @@ def test_every_row_is_as_wide_as_its_header(run):
 
 
 def test_published_figures_are_shown_for_lamps_own_data_only():
-    about = {"generated": False, "labels": list(RATINGS.labels), "metrics": {"mae": False, "rmse": False}}
-    rows = published_for("LaMP_3", about, OPPU_100, "org/Llama-2-7B-hf")
+    lamps = replace(RATINGS, generated=False)
+
+    def manifest(task=lamps, **more):
+        return Manifest({task.name: task}, [], 0, 0, 0, {}, [], **more)
+
+    rows = published_for("LaMP_3", manifest(), OPPU_100, "org/Llama-2-7B-hf")
     same = [row for row in rows if row["method"] == "OPPU" and row["metric"] == "mae"]
     assert [row["value"] for row in same] == [0.179]
     assert not any("protocol" in line or "base" in line for line in same[0]["differs"])
     assert same[0]["differs"]  # never quite the same experiment
     assert all(any("protocol" in d for d in row["differs"]) for row in rows if row["protocol"] != OPPU_100)
-    assert published_for("movie_rating", about, OPPU_100, "x") == []
-    assert published_for("LaMP_3", about | {"generated": True}, OPPU_100, "x") == []
-    assert published_for("LaMP_3", about | {"labels": ["1", "2"]}, OPPU_100, "x") == []
+    assert published_for("movie_rating", manifest(replace(lamps, name="movie_rating")), OPPU_100, "x") == []
+    assert published_for("LaMP_3", manifest(replace(lamps, generated=True)), OPPU_100, "x") == []
+    assert published_for("LaMP_3", manifest(replace(lamps, labels=("1", "2"))), OPPU_100, "x") == []
+    assert published_for("LaMP_3", manifest(from_rows=["LaMP_3"]), OPPU_100, "x") == []

@@ -72,7 +72,7 @@ def _lines(config: RunConfig, stages: StageList, folder: RunFolder, prepared: Pa
     lines.append(f"users        {num_users:,} ({cold}), {manifest.num_history_items:,} history items")
     for kind, count in manifest.set_aside.items():
         if count:
-            lines.append(f"set aside    {count:,} ({kind}), listed in problems.jsonl beside the prepared data")
+            lines.append(f"set aside    {count:,} ({kind}), listed in problems.jsonl where the data is prepared")
     for name, task in manifest.tasks.items():
         labels = f"{len(task.labels)} labels" if task.labels else "open answers"
         lines.append(f"task         {name}: {task.lamp_id}, {labels}" + (", GENERATED data" if task.generated else ""))

@@ -48,6 +48,8 @@ class DataConfig(Section):
     some of them are asked in another split, too."""
     max_users_per_split: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] | None = None
     """Use only the first so many users of each split, or, by split, of those that are named: for trying things out."""
-    max_history_items: int | None = Field(default=None, ge=1)
-    """Keep each user's newest so many history items of a task only, for whatever method: for trying things out."""
+    max_history_items: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] | None = None
+    """Keep each user's newest so many history items of a task only, for whatever method: for trying things out. Or, by
+    split, of the users who are asked in it (in several: the smallest number): `{dev: 2}` shows how everything answers
+    people of whom little is known, with shared stages that learned from whole histories."""
     num_users_per_shard: int = Field(default=10_000, ge=1)

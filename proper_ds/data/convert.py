@@ -57,7 +57,7 @@ class Converter:
             self._add_profile(staged.key, profile, kept)
         items = [(item, frozenset(splits)) for item, splits in kept.values()]
         history = _oldest_first([item for item, _ in items])
-        user = User(staged.key, _newest(history, self._config.max_history_items))
+        user = User(staged.key, _newest(history, self._limit_of(staged)))
         guard = LeakGuard(items)  # of all of them, so that the same questions are kept
         self._count_splits(staged, items)
         for question in staged.questions:
@@ -91,10 +91,19 @@ class Converter:
         user.queries.sort(key=lambda query: (query.split != self._config.train_split, query.answer is None))
         return user
 
+    def _limit_of(self, staged: StagedUser) -> int | None:
+        """How many items of each task the user's history may keep."""
+        limits = self._config.max_history_items
+        if not isinstance(limits, dict):
+            return limits
+        asked = {self._split_of(staged.key, question.split) for question in staged.questions}
+        return min((limits[split] for split in asked & limits.keys()), default=None)
+
     def _count_splits(self, staged: StagedUser, items: list[tuple[HistoryItem, frozenset[str]]]) -> None:
         """Count, for each split a user is asked in, whether the history is ahead of it."""
         config, asked = self._config, {question.split for question in staged.questions}
-        self.num_tuned_elsewhere += len(asked) > 1 and self._split_of(staged.key, config.train_split) == TUNE
+        is_tuned = config.train_split in asked and self._split_of(staged.key, config.train_split) == TUNE
+        self.num_tuned_elsewhere += is_tuned and len(asked) > 1
         for split in asked - {config.train_split}:
             self.num_users_ahead[split] += any(
                 all(self._is_later(other, split) for other in splits) for _, splits in items

@@ -83,7 +83,8 @@ def prepare(
         staging.seat(known.users)
         tasks = _stage(sources, staging, complaints, progress, known.instructions, config.splits)
         staging.complain_of_unused_golds()
-        _check_limits(config, staging)
+        for name in LIMITS:
+            _check_limits(name, config, staging)
         converter = Converter(tasks, config, complaints)
         shards, counts = _write_users(staging, converter, out, config.num_users_per_shard, len(known.users), progress)
         _settle(complaints, config, out, sources, converter)
@@ -153,15 +154,17 @@ def _warn_of_bare(source: Source, num: int) -> None:
         logging.getLogger("proper_ds").warning(text, source.path, num)
 
 
-def _check_limits(config: DataConfig, staging: Staging) -> None:
+def _check_limits(name: str, config: DataConfig, staging: Staging) -> None:
     """Refuse limits of splits that are not there: they would limit nothing."""
-    limits = config.max_users_per_split
-    unknown = sorted(limits.keys() - staging.splits) if isinstance(limits, dict) else []
+    limits = getattr(config, name)
+    # people of split `tune` are read as those of the training split, and told apart by their keys later
+    made = {TUNE} if name == "max_history_items" and config.tune_share else set()
+    unknown = sorted(limits.keys() - staging.splits - made) if isinstance(limits, dict) else []
     if unknown:
         read = ", as data.splits says" if config.splits else ""
         tuned = f" (`{TUNE}` is a part of {config.train_split!r})" if TUNE in unknown and config.tune_share else ""
         raise DataError(
-            f"data.max_users_per_split: no question is of split {', '.join(unknown)}{tuned}; read were"
+            f"data.{name}: no question is of split {', '.join(unknown)}{tuned}; read were"
             f" {', '.join(sorted(staging.splits)) or 'none'}{read}. Limit those, or leave the others out"
         )
 

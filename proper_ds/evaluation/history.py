@@ -27,11 +27,11 @@ def history_buckets(history: np.ndarray, users: np.ndarray) -> list[Range]:
     if not len(warm):
         return buckets
     edges = sorted({int(edge) for edge in np.quantile(warm, np.linspace(0, 1, NUM_BUCKETS + 1)[1:], method="lower")})
-    low = int(warm[0])
-    for edge in edges:
-        if edge >= low:
-            buckets.append((f"{low}-{edge}" if edge > low else str(low), low, edge))
-            low = edge + 1
+    start = 0
+    for edge in edges:  # each the length of somebody
+        low, stop = int(warm[start]), int(np.searchsorted(warm, edge, side="right"))
+        buckets.append((f"{low}-{edge}" if edge > low else str(low), low, edge))
+        start = stop
     return buckets
 
 

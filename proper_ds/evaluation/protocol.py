@@ -131,8 +131,10 @@ def cautions(protocol: dict[str, Any], manifest: Manifest) -> list[str]:
         about = " and ".join(f"of {split} only the first {num} users" for split, num in of.items())
         found.append(f"{about[0].upper()}{about[1:]} took part (data.max_users_per_split).")
     if "max_history_items" in limits:
-        about = f"Of each history only the newest {limits['max_history_items']} items were used"
-        found.append(f"{about} (data.max_history_items).")
+        kept = limits["max_history_items"]
+        whose = {"each history": kept} if isinstance(kept, int) else {f"histories of {s}": n for s, n in kept.items()}
+        about = " and ".join(f"of {whom} only the newest {num} items" for whom, num in whose.items())
+        found.append(f"{about[0].upper()}{about[1:]} were used (data.max_history_items).")
     if manifest.tune_share:
         found.append(f"{manifest.tune_share:.0%} of the training users were set apart for choices (data.tune_share).")
     if manifest.num_before_history:

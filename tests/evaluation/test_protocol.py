@@ -125,6 +125,8 @@ def test_what_was_left_out_when_data_was_prepared_is_told_of_the_prepared_folder
     limited = replace(Manifest.read(tmp_path / "limited"), limits={"max_users_per_split": {"train": 9, "dev": 4}})
     told = "Of train only the first 9 users and of dev only the first 4 users took part"
     assert told in " ".join(cautions(about, limited))
+    shortened = replace(limited, limits={"max_history_items": {"dev": 2}})
+    assert "Of histories of dev only the newest 2 items were used" in " ".join(cautions(about, shortened))
     assert Manifest.read(tmp_path / "limited") == manifest
     assert "set apart for choices" in " ".join(cautions(about, replace(manifest, tune_share=0.2)))
 

@@ -224,6 +224,7 @@ def test_every_user_falls_into_exactly_one_bucket(lengths):
     hits = np.zeros(len(lengths), dtype=int)
     for _, low, high in history_buckets(history, np.arange(len(lengths))):
         hits += (history >= low) & (history <= high)
+        assert {low, high} <= set(lengths), "its label names lengths that somebody has"
     assert (hits == 1).all()
 
 

@@ -24,6 +24,7 @@ def _group() -> None:
 def create(
     prepared: Annotated[Path, typer.Option(help="A folder written by `proper-ds data prepare`.")],
     out: Annotated[Path, typer.Option(help="Where to write the model, in Hugging Face form.")],
+    train_split: Annotated[str, typer.Option(help="The split of the people to learn from.")] = "train",
     seed: Annotated[int, typer.Option()] = 41,
     vocab_size: Annotated[int, typer.Option()] = 2048,
     hidden_size: Annotated[int, typer.Option()] = 128,
@@ -34,7 +35,7 @@ def create(
     max_steps: Annotated[int, typer.Option()] = 300,
     learning_rate: Annotated[float, typer.Option()] = 3e-3,
 ) -> None:
-    """Train a small tokenizer and a small Llama on prepared text."""
+    """Train a small tokenizer and a small Llama on the histories of prepared data's training users."""
     from pydantic import ValidationError
 
     from proper_ds.data.prepared import PreparedData
@@ -61,6 +62,7 @@ def create(
             settings,
             out,
             BaseConfig().prompt_suffix,
+            train_split,
             seed,
             lambda step, total, loss: view.report("base", step, total, f"loss {loss:.4f}"),
         )

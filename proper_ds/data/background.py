@@ -55,7 +55,7 @@ class Background:
         num_users: dict[str, Counter[str]] = {}
         totals: Counter[str] = Counter()
         for user in users:
-            if user.queries and all(query.split != train_split for query in user.queries):
+            if not user.teaches(train_split):
                 continue
             own: dict[str, Counter[str]] = {}
             for item in user.history:

@@ -57,6 +57,10 @@ class User:
         """Whether there is no history to learn from."""
         return not self.history
 
+    def teaches(self, train_split: str) -> bool:
+        """Whether this is a training user: one with a question in the training split, or with no question at all."""
+        return not self.queries or any(query.split == train_split for query in self.queries)
+
 
 @dataclass(frozen=True, slots=True)
 class RawQuestion:

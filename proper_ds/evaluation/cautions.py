@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from proper_ds.data.config import TUNE
 from proper_ds.evaluation.methods import Method, methods_of, needs_of
 from proper_ds.files import digest_of
 from proper_ds.model.presets import preset_of
@@ -48,6 +49,14 @@ def run_cautions(config: RunConfig, prompts: Mapping[str, PromptCounts], taught:
         found.append(
             f"{', '.join(written)}: profiles are written from whole histories, so that the prompt of a history item may"
             " tell its own answer in training, as no question's does."
+        )
+    chosen = [choice for choice in config.chosen_by if choice.split == config.evaluation.split]
+    if chosen:
+        keys = ", ".join(key for choice in chosen for key in choice.overrides)
+        found.append(
+            f"{keys}: chosen on the same users that are scored here ({config.evaluation.split}), which flatters"
+            f" {', '.join(dict.fromkeys(choice.method for choice in chosen))}; choose on split {TUNE}"
+            " (data.tune_share), or report others."
         )
     return found
 

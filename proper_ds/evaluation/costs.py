@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Event = Mapping[str, Any]
@@ -19,10 +19,17 @@ class Work:
     Attributes:
         seconds: times the processes at work: a second on two ranks counts twice, and actors' seconds are added up.
         num_tokens: tokens run, padding left out; None where the stage did not count them.
+        by_role: of a set of users' adapters where only needed users are trained: the part of the work that each use of
+            them takes (`training.set_plan.Role`).
     """
 
     seconds: float
     num_tokens: int | None
+    by_role: Mapping[str, Work] = field(default_factory=dict)
+
+    def of(self, role: str) -> Work:
+        """The part that a use takes; all of it where that is not told apart."""
+        return self.by_role.get(role, self)
 
 
 def work_of(stage: str, marker: Mapping[str, Any], events: Sequence[Event]) -> Work:
@@ -35,20 +42,42 @@ def work_of(stage: str, marker: Mapping[str, Any], events: Sequence[Event]) -> W
     """
     units = {event["unit"]: event for event in events if "unit" in event and event.get("part") == stage}
     if units:  # actors: of a unit that was done twice, the last counts
-        seconds = _total([event.get("seconds") for event in units.values()])
-        return Work(
-            float(marker["seconds"]) if seconds is None else seconds,
-            _total([event.get("num_tokens") for event in units.values()]),
-        )
-    num_ranks, tokens = 1, dict[int, int | None]()
+        return _of_units(list(units.values()), float(marker["seconds"]))
+    num_ranks, first = 1, 0
+    steps = dict[int, tuple[float, int | None]]()  # rank-seconds and tokens of each line's steps
     for event in events:
         if event["stage"] == stage and event.get("event") == "begins":
-            num_ranks = event["num_ranks"]
+            num_ranks, first = event["num_ranks"], event.get("from_step", 0)
         elif event["stage"] == stage and "step" in event:
-            for step in [step for step in tokens if step >= event["step"]]:
-                del tokens[step]  # steps that were repeated after a restart
-            tokens[event["step"]] = event.get("num_tokens")
-    return Work(float(marker["seconds"]) * num_ranks, _total(list(tokens.values())) if tokens else None)
+            for step in [step for step in steps if step >= event["step"]]:
+                del steps[step]  # steps that were repeated after a restart
+            steps[event["step"]] = (_seconds_of(event) * num_ranks, event.get("num_tokens"))
+    # the marker tells of the last attempt alone, which went on from a checkpoint if there was one
+    before = sum(seconds for step, (seconds, _) in steps.items() if step <= first)
+    tokens = _total([num for _, num in steps.values()]) if steps else None
+    return Work(before + float(marker["seconds"]) * num_ranks, tokens)
+
+
+def _of_units(units: Sequence[Event], marker_seconds: float) -> Work:
+    seconds, tokens = (
+        _total([unit.get("seconds") for unit in units]),
+        _total([unit.get("num_tokens") for unit in units]),
+    )
+    if seconds is None:
+        return Work(marker_seconds, tokens)
+    shares = [(unit.get("shares", {}), unit) for unit in units if unit["seconds"]]
+    by_role = {}
+    for role in set.intersection(*({*own} for own, _ in shares)) if shares else ():
+        part = sum(own[role] * unit["seconds"] for own, unit in shares)
+        own_tokens = None if tokens is None else round(sum(own[role] * unit["num_tokens"] for own, unit in shares))
+        by_role[role] = Work(part, own_tokens)
+    return Work(seconds, tokens, by_role)
+
+
+def _seconds_of(event: Event) -> float:
+    """Wall seconds of the steps that a line of metrics sums up."""
+    rate = event.get("tokens_per_s")
+    return float(event["num_tokens"] / rate) if rate and event.get("num_tokens") else 0.0
 
 
 def _total(values: Sequence[Any]) -> Any:
@@ -75,6 +104,7 @@ def costs_of(
     works: Mapping[str, Work],
     bytes_per_user: Mapping[str, float | None],
     events: Sequence[Event],
+    roles: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """By method `stages`, `train_seconds`, `train_tokens`, the `shared_` part of both, `bytes_per_user` and
     `predict_seconds` a question; None for what is not known.
@@ -83,28 +113,30 @@ def costs_of(
         behind: by method, the stages that had to be trained or computed for it.
         works: of the stages, where known.
         bytes_per_user: what is kept of each user to answer, by method.
+        roles: what users' adapters are needed for, by method (`training.set_plan.Role`).
     """
     answering = answering_seconds(events)
     found = {}
     for method, stages in behind.items():
+        role = (roles or {}).get(method, "")
         shared = [s for s in stages if any(s in other for name, other in behind.items() if name != method)]
         found[method] = {
             "stages": list(stages),
-            "train_seconds": _seconds(stages, works),
-            "shared_train_seconds": _seconds(shared, works),
-            "train_tokens": _tokens(stages, works),
-            "shared_train_tokens": _tokens(shared, works),
+            "train_seconds": _seconds(stages, works, role),
+            "shared_train_seconds": _seconds(shared, works, role),
+            "train_tokens": _tokens(stages, works, role),
+            "shared_train_tokens": _tokens(shared, works, role),
             "bytes_per_user": bytes_per_user.get(method),
             "predict_seconds": answering.get(method),
         }
     return found
 
 
-def _seconds(stages: Sequence[str], works: Mapping[str, Work]) -> float | None:
-    found: float | None = _total([works[stage].seconds if stage in works else None for stage in stages])
+def _seconds(stages: Sequence[str], works: Mapping[str, Work], role: str) -> float | None:
+    found: float | None = _total([works[stage].of(role).seconds if stage in works else None for stage in stages])
     return found
 
 
-def _tokens(stages: Sequence[str], works: Mapping[str, Work]) -> int | None:
-    found: int | None = _total([works[stage].num_tokens if stage in works else None for stage in stages])
+def _tokens(stages: Sequence[str], works: Mapping[str, Work], role: str) -> int | None:
+    found: int | None = _total([works[stage].of(role).num_tokens if stage in works else None for stage in stages])
     return found

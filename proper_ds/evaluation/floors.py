@@ -34,7 +34,7 @@ def predict_floors(
 ) -> pa.Table:
     """Answers of the floors to all questions of `split`, in the columns of `answers.SCHEMA`.
 
-    Only users with questions in `train_split` are learned from, and of an answered user only that user's own history.
+    Only training users are learned from (`User.teaches`), and of an answered user only that user's own history.
 
     Args:
         methods: names out of FLOORS.
@@ -102,14 +102,14 @@ def _fitted(task: TaskManifest, prepared: PreparedData, train_split: str, seed: 
     cases = _drawn(_cases(task, prepared, train_split), max_examples, seed_of("floor cases", task.name, seed))
     if not samples or (kind is ChoiceFloor and not cases):
         raise DataError(
-            f"task {task.name}: users with questions in {train_split!r} have no examples that a floor can be fitted to;"
+            f"task {task.name}: training users ({train_split!r}) have no examples that a floor can be fitted to;"
             " name another data.train_split, or leave the floors out of evaluation.methods"
         )
     return kind(task, samples, cases)
 
 
 def _taught(prepared: PreparedData, train_split: str) -> Iterator[User]:
-    return (user for user in prepared.users() if any(query.split == train_split for query in user.queries))
+    return (user for user in prepared.users() if user.teaches(train_split))
 
 
 def _own_samples(task: TaskManifest, user: User) -> list[Sample]:

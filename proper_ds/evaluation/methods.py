@@ -172,6 +172,7 @@ class LaneNeeds:
     Attributes:
         presets: group stages.
         adapter_sets: user stages: `OPPU` or a preset.
+        answering: those of them whose adapters answer for their own users; others' are only merged from.
         routers: LoRA-aware routers, by preset.
         joints: LoRA-aware routers that are trained together with users' adapters, by preset.
         pplugs: stages of learned user tokens.
@@ -182,6 +183,7 @@ class LaneNeeds:
     population: bool
     presets: tuple[str, ...]
     adapter_sets: tuple[str, ...]
+    answering: tuple[str, ...]
     routers: tuple[str, ...]
     joints: tuple[str, ...]
     pplugs: tuple[str, ...]
@@ -319,6 +321,7 @@ def _lane_needs(methods: list[Method], learned: Collection[str]) -> LaneNeeds:
         population=any(method.population for method in methods),
         presets=_once([method.preset for method in methods]),
         adapter_sets=sets,
+        answering=_once([method.adapter_set for method in methods if method.user_lora]),
         routers=_once([method.router for method in methods]),
         joints=_once([method.preset for method in methods if method.gates == "joint"]),
         pplugs=_once([method.pplug for method in methods]),

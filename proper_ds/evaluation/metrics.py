@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from proper_ds.data.manifest import TaskManifest
+from proper_ds.data.tasks import SCORES
 from proper_ds.evaluation.meteor import meteor
 
 
@@ -58,12 +59,19 @@ def rating_of(given: str) -> float | None:
     return rating if math.isfinite(rating) else None  # "nan" parses, but would leave no mean to report
 
 
-def rating_error(gold: str, given: str) -> float:
-    """Prediction minus gold; an unparsable prediction counts as 1 or 5, whichever is farther from the gold."""
+def rating_error(gold: str, given: str, scale: tuple[float, float] = (1.0, 5.0)) -> float:
+    """Prediction minus gold; an unparsable prediction counts as the end of the scale that is farther from the gold."""
     wanted, rating = float(gold.strip()), rating_of(given)
     if rating is None:
-        rating = 1.0 if abs(1 - wanted) > abs(5 - wanted) else 5.0
+        lowest, highest = scale
+        rating = lowest if abs(lowest - wanted) > abs(highest - wanted) else highest
     return rating - wanted
+
+
+def scale_of(labels: Sequence[str]) -> tuple[float, float]:
+    """The lowest and the highest rating of a scale."""
+    ratings = [float(label) for label in labels]
+    return min(ratings), max(ratings)
 
 
 def _f1_macro(labels: Sequence[str]) -> Metric:
@@ -129,11 +137,15 @@ def rouge(kind: str) -> Callable[[str, str], float]:
 
 def metrics_of(task: TaskManifest) -> list[Metric]:
     """The metrics of a task, in LaMP's order."""
+
+    def error(gold: str, given: str) -> float:
+        return rating_error(gold, given, scale_of(task.labels or SCORES))
+
     made = {
         "accuracy": lambda: _simple("accuracy", lambda gold, given: float(gold.strip() == given.strip()), True),
         "f1_macro": lambda: _f1_macro(task.labels or ()),
-        "mae": lambda: _simple("mae", lambda gold, given: abs(rating_error(gold, given)), False),
-        "rmse": lambda: _simple("rmse", lambda gold, given: rating_error(gold, given) ** 2, False, np.sqrt),
+        "mae": lambda: _simple("mae", lambda gold, given: abs(error(gold, given)), False),
+        "rmse": lambda: _simple("rmse", lambda gold, given: error(gold, given) ** 2, False, np.sqrt),
         "rouge-1": lambda: _simple("rouge-1", rouge("rouge1"), True),
         "rouge-L": lambda: _simple("rouge-L", rouge("rougeL"), True),
         "meteor-stem": lambda: _simple("meteor-stem", meteor, True),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from proper_ds.data.tasks import Task
-from proper_ds.evaluation.metrics import rating_of
+from proper_ds.evaluation.metrics import rating_of, scale_of
 
 NUM_SHOWN, LONGEST_SHOWN = 5, 40
 
@@ -45,14 +45,15 @@ def odd_answers(task: Task, predictions: Iterable[str]) -> list[Odd]:
     if task.kind != "ordinal":
         labels = set(task.labels)
         return _those("outside the label set", "as wrong", given, lambda text: text not in labels)
-    lowest, highest = min(map(float, task.labels)), max(map(float, task.labels))
+    lowest, highest = scale_of(task.labels)
+    farther = f"as {lowest:g} or {highest:g}, whichever is farther from the gold"
 
     def is_beyond(text: str) -> bool:
         rating = rating_of(text)
         return rating is not None and not lowest <= rating <= highest
 
     return [
-        *_those("no number", "as 1 or 5, whichever is farther from the gold", given, lambda x: rating_of(x) is None),
+        *_those("no number", farther, given, lambda x: rating_of(x) is None),
         *_those(f"outside {lowest:g} to {highest:g}", "at face value", given, is_beyond),
     ]
 

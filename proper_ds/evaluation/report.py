@@ -34,6 +34,7 @@ from proper_ds.observe.metrics import read_events
 from proper_ds.run_folder import in_lane, split_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.store.store import AdapterStore
+from proper_ds.training.set_plan import Role
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -129,7 +130,15 @@ def _costs(context: RunContext) -> dict[str, Any]:
     for floor in (method.name for method in methods if method.kind == "floor"):
         seconds = (context.folder.stage(f"{PREDICTIONS}/{floor}").inputs() or {}).get("seconds", 0.0)
         behind[floor], works[f"{PREDICTIONS}/{floor}"] = [f"{PREDICTIONS}/{floor}"], Work(seconds, 0)
-    return costs_of(behind, works, {method.name: bytes_per_user(context, method) for method in methods}, events)
+    kept = {method.name: bytes_per_user(context, method) for method in methods}
+    return costs_of(behind, works, kept, events, {method.name: _role_of(method) for method in methods})
+
+
+def _role_of(method: Method) -> Role:
+    """Which users' adapters a method needs, where only those that are needed are trained."""
+    if method.kind == "merged":
+        return "merged"
+    return "router" if method.router or method.joint_set else "asked"
 
 
 def _stages_behind(method: Method, config: RunConfig) -> list[str]:

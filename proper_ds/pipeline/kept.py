@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from proper_ds.errors import ConfigError, Problem, UserError
 from proper_ds.run_folder import RunFolder
+from proper_ds.training.set_plan import NUM_ANCHORS, OF_NEEDED, ROUTER_USERS
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 KEPT_STEPS = ("base", "population", "group", "start", "router")
 IDLE = ("num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
 """Settings that say how the work is cut, not what is learned: they may change from night to night."""
-NUM_ANCHORS = "num_anchors"
-ROUTER_USERS = "router_users"
-OF_NEEDED = ("splits", ROUTER_USERS, NUM_ANCHORS)
-"""Settings of a set of adapters that say who is needed, where `user.users` is `needed`."""
 _KEYS = {
     "seed": "seed",
     "dtype": "base.dtype",
@@ -34,6 +31,7 @@ _KEYS = {
     ROUTER_USERS: "router.users, router.max_users (with a LoRA-aware router in evaluation.methods)",
     NUM_ANCHORS: "merge.num_anchors",
 }
+
 _MEND = "Put it back, or train everything anew without user.only_changed."
 
 Marker = dict[str, Any]

@@ -23,10 +23,11 @@ from proper_ds.evaluation.test_reads import TestData
 from proper_ds.files import digest_of
 from proper_ds.model.base import base_fingerprint
 from proper_ds.model.presets import preset_of
-from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, NUM_ANCHORS, ROUTER_USERS, Kept
+from proper_ds.pipeline.kept import IDLE, KEPT_STEPS, Kept
 from proper_ds.pipeline.stage import Stage, Where
 from proper_ds.run_folder import RunFolder, in_lane
 from proper_ds.training.config import PROPER_ONLY, learned_by
+from proper_ds.training.set_plan import ASKED, NUM_ANCHORS, ROUTER_USERS, SPLITS
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -200,7 +201,8 @@ class StageList:
                 "base",
                 "base",
                 "driver",
-                _dump(config.base.create) | {"seed": config.seed, "suffix": config.base.prompt_suffix},
+                _dump(config.base.create)
+                | {"seed": config.seed, "suffix": config.base.prompt_suffix, "train_split": config.data.train_split},
                 ["prepared"],
             )
         else:
@@ -300,7 +302,9 @@ class StageList:
             "num_tokens_per_unit": config.fleet.num_tokens_per_unit,
         }
         if config.user.users == "needed":
-            settings["splits"] = [config.data.train_split, config.evaluation.split]
+            settings[SPLITS] = [config.data.train_split, config.evaluation.split]
+            if adapter_set not in needs.answering:
+                settings[ASKED] = False
             if adapter_set in (*needs.routers, *needs.joints):
                 settings[ROUTER_USERS] = [config.router.users, config.router.max_users]
             if adapter_set == "OPPU" and needs.merged:

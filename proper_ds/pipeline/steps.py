@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from proper_ds.fleet.pool import ray_pool
 from proper_ds.observe.log import get_logger
 from proper_ds.observe.metrics import MetricsFile
 from proper_ds.observe.progress import ProgressView, follow_metrics
-from proper_ds.pipeline.kept import NUM_ANCHORS, ROUTER_USERS
 from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stage import Stage
@@ -39,10 +38,7 @@ from proper_ds.training.create_base import create_base
 from proper_ds.training.features import is_written
 from proper_ds.training.rank_stage import CHECKPOINT
 from proper_ds.training.selection import num_tokens, users_with_queries
-from proper_ds.training.set_plan import AlsoNeeded, ensure_plan, users_to_train
-
-if TYPE_CHECKING:
-    pass
+from proper_ds.training.set_plan import ensure_plan, roles_in, users_to_train
 
 TOKENS_PER_PROFILE = 2_000
 """What a user counts for in units whose users' profiles a model writes."""
@@ -117,18 +113,16 @@ class Steps:
             get_logger().warning("%d forgotten users stand in the data still; left out", manifest.num_forgotten)
 
     def _base(self, stages: list[Stage]) -> None:
-        assert self._config.base.create is not None
-        name = stages[0].name
+        config, create, name = self._config, self._config.base.create, stages[0].name
+        assert create is not None, "there is no such step where a base is given"
 
         def on_step(step: int, num_steps: int, loss: float) -> None:
             self._metrics.log(name, step=step, num_steps=num_steps, loss=loss)
             self._view.report(name, step, num_steps, f"loss {loss:.4f}")
 
         out = self._folder.stage(name).path
-        base = self._config.base
-        size = create_base(
-            self._context.prepared, self._config.base.create, out, base.prompt_suffix, self._config.seed, on_step
-        )
+        of_run = (config.base.prompt_suffix, config.data.train_split, config.seed)
+        size = create_base(self._context.prepared, create, out, *of_run, on_step)
         get_logger().info("base: a Llama of %s parameters", f"{size:,}")
 
     def _tokens(self, stages: list[Stage]) -> None:
@@ -206,12 +200,12 @@ class Steps:
     def _users(self, stages: list[Stage]) -> None:
         places = {stage.name: self._folder.stage(stage.name) for stage in stages}
         contexts = {stage.name: self._context_of(stage) for stage in stages}
-        also = {s.name: AlsoNeeded(ROUTER_USERS in s.settings, NUM_ANCHORS in s.settings) for s in stages}
-        if not any(users_to_train(contexts[name], also[name]).any() for name in contexts):
+        needed = {s.name: roles_in(s.settings) for s in stages}
+        if not any(users_to_train(contexts[name], needed[name]).any() for name in contexts):
             raise UserError(
                 "step user: no user has history to learn from; check the data, or drop the personal methods"
             )
-        plans = {name: ensure_plan(contexts[name], place, also[name]) for name, place in places.items()}
+        plans = {name: ensure_plan(contexts[name], place, needed[name]) for name, place in places.items()}
         units = [unit for name, plan in plans.items() for unit in self._units(contexts[name], plan.chosen, name)]
         stores = {name: open_store(place.path) for name, place in places.items()}
         done = {name: stores[name].units(plan.version) for name, plan in plans.items()}

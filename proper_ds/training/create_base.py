@@ -26,8 +26,8 @@ MAX_TEXTS = 200_000
 """More than so small a base can learn from; it bounds the memory."""
 
 
-def texts_of(prepared: PreparedData, suffix: str, seed: int) -> Iterator[str]:
-    """What the base reads: each history item as a question, followed by an answer.
+def texts_of(prepared: PreparedData, suffix: str, train_split: str, seed: int) -> Iterator[str]:
+    """What the base reads: each history item of the training users as a question, followed by an answer.
 
     Labels are drawn at random, so that the base knows no user's taste and no label's meaning, only what an answer
     looks like; open answers are the users' own, text like any other.
@@ -35,7 +35,7 @@ def texts_of(prepared: PreparedData, suffix: str, seed: int) -> Iterator[str]:
     tasks = prepared.manifest.tasks
     generator = np.random.default_rng(seed)
     for user in prepared.users():
-        for item in user.history:
+        for item in user.history if user.teaches(train_split) else ():
             labels = tasks[item.task].labels
             answer = item.answer if labels is None else labels[generator.integers(len(labels))]
             yield f"{history_prompt(tasks[item.task], item)}{suffix} {answer}"
@@ -104,6 +104,7 @@ def create_base(
     settings: CreateBase,
     out: Path,
     suffix: str,
+    train_split: str,
     seed: int,
     on_step: Callable[[int, int, float], None] = lambda step, num_steps, loss: None,
 ) -> int:
@@ -111,21 +112,25 @@ def create_base(
 
     Args:
         suffix: stands between question and answer, as in the run's `base.prompt_suffix`.
+        train_split: nothing is read of people who are asked in other splits only.
         on_step: called with (step, number of steps, loss) now and then.
 
     Raises:
-        DataError: where the prepared text is too short for one sequence.
+        DataError: where the training users' text is too short for one sequence.
     """
     from transformers import LlamaForCausalLM, get_scheduler
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     quiet_libraries(device.type == "cuda")
-    texts = list(islice(texts_of(prepared, suffix, seed), MAX_TEXTS))
+    texts = list(islice(texts_of(prepared, suffix, train_split, seed), MAX_TEXTS))
     tokenizer = train_tokenizer(texts, settings)
     ids = _packed_ids(texts, tokenizer, seed)
     width = min(128, settings.max_position_embeddings)
     if len(ids) < 2 * width:
-        raise DataError(f"{prepared.folder}: {len(ids)} tokens of text are too few to train a base; use base.model")
+        raise DataError(
+            f"{prepared.folder}: {len(ids)} tokens in the histories of training users (data.train_split"
+            f" {train_split!r}) are too few to train a base; use base.model"
+        )
     torch.manual_seed(seed)
     lm = LlamaForCausalLM(llama_config(settings, len(tokenizer)))
     lm.to(device).train()

@@ -5,7 +5,9 @@ A resumed run must train the same users in the same units, whatever is committed
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +20,36 @@ from proper_ds.training.context import RunContext
 from proper_ds.training.selection import num_history, router_users, users_with_queries
 
 USERS_PER_BLOCK = 10_000
+SPLITS, ASKED, ROUTER_USERS, NUM_ANCHORS = OF_NEEDED = ("splits", "asked", "router_users", "num_anchors")
+"""Settings of a set of adapters that say who is needed, where `user.users` is `needed`."""
+
+Role = Literal["asked", "router", "merged"]
+"""What users' adapters are needed for: `asked`, to answer those who are evaluated; `router`, for that, and for a
+LoRA-aware router to learn from; `merged`, for method `merged` to merge from."""
+
+
+def roles_in(settings: Mapping[str, Any]) -> frozenset[Role]:
+    """What the adapters of a set are needed for, from its settings; none where everybody gets one."""
+    if SPLITS not in settings:
+        return frozenset()
+    told: dict[Role, bool] = {
+        "asked": settings.get(ASKED, True),
+        "router": ROUTER_USERS in settings,
+        "merged": NUM_ANCHORS in settings,
+    }
+    return frozenset(role for role, is_needed in told.items() if is_needed)
+
+
+def users_of_role(context: RunContext, role: Role) -> np.ndarray:
+    """Mask over the users whose adapters a role needs, with history or without."""
+    config, tokens = context.config, context.tokens
+    if role == "merged":
+        return merge_anchors(tokens, config)
+    found = users_with_queries(tokens, config.evaluation.split)
+    if role == "router":
+        router = config.router
+        found |= router_users(tokens, router.users, router.max_users, config.data.train_split, config.seed)
+    return found
 
 
 @dataclass(frozen=True)
@@ -27,10 +59,12 @@ class SetPlan:
     Attributes:
         version: 1 for the first training; users that are not chosen keep the version they have.
         chosen: mask over the users.
+        roles: what they are needed for; none where everybody is trained.
     """
 
     version: int
     chosen: np.ndarray
+    roles: frozenset[Role] = frozenset()
 
     @classmethod
     def read(cls, place: StageFolder) -> SetPlan:
@@ -38,58 +72,42 @@ class SetPlan:
         begun = place.begun()
         assert begun is not None, f"{place.path} was not begun"
         version = int(begun["version"])
-        return cls(version, np.load(place.path / _file(version), allow_pickle=False))
-
-
-@dataclass(frozen=True)
-class AlsoNeeded:
-    """Who gets an adapter under `user.users: needed` besides the users who are evaluated.
-
-    Attributes:
-        by_router: the users that a LoRA-aware router of this set learns from.
-        by_merging: the users that method `merged` merges from.
-    """
-
-    by_router: bool
-    by_merging: bool
+        chosen = np.load(place.path / _file(version), allow_pickle=False)
+        return cls(version, chosen, roles_in(begun.get("settings", {})))
 
 
 def _file(version: int) -> str:
     return f"chosen-{version:06d}.npy"
 
 
-def ensure_plan(context: RunContext, place: StageFolder, also: AlsoNeeded) -> SetPlan:
+def ensure_plan(context: RunContext, place: StageFolder, roles: Collection[Role]) -> SetPlan:
     """The plan of the version that was begun last; made where it is missing, before anything is trained."""
     begun = place.begun()
     assert begun is not None, f"{place.path} was not begun"
     version = int(begun["version"])
     path = place.path / _file(version)
     if not path.exists():
-        chosen = users_to_train(context, also) if version == 1 else _changed(context, place, also)
+        chosen = users_to_train(context, roles) if version == 1 else _changed(context, place, roles)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, chosen, allow_pickle=False)
     return SetPlan.read(place)
 
 
-def users_to_train(context: RunContext, also: AlsoNeeded) -> np.ndarray:
+def users_to_train(context: RunContext, roles: Collection[Role]) -> np.ndarray:
     """Mask over the users that get an adapter (`user.users`): all with history, or only those that are needed."""
-    config, tokens = context.config, context.tokens
-    mask = num_history(tokens) > 0
-    if config.user.users == "needed":
-        chosen = users_with_queries(tokens, config.evaluation.split)
-        if also.by_router:
-            router = config.router
-            chosen |= router_users(tokens, router.users, router.max_users, config.data.train_split, config.seed)
-        if also.by_merging:
-            chosen |= merge_anchors(tokens, config)
-        mask = mask & chosen
-    return mask
+    mask = num_history(context.tokens) > 0
+    if context.config.user.users == "all":
+        return mask
+    needed = np.zeros_like(mask)
+    for role in roles:
+        needed |= users_of_role(context, role)
+    return mask & needed
 
 
-def _changed(context: RunContext, place: StageFolder, also: AlsoNeeded) -> np.ndarray:
+def _changed(context: RunContext, place: StageFolder, roles: Collection[Role]) -> np.ndarray:
     """Mask over the users to train whose history is not the one that their newest version was learned from."""
     tokens, keys, store = context.tokens, context.keys, open_store(place.path)
-    mask = users_to_train(context, also)
+    mask = users_to_train(context, roles)
     num_kept = num_new = 0
     for start in range(0, tokens.num_users, USERS_PER_BLOCK):
         stop = min(start + USERS_PER_BLOCK, tokens.num_users)

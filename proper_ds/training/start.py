@@ -37,7 +37,7 @@ from proper_ds.training.rows import micro_batches, pack, rows_of_step
 from proper_ds.training.selection import first_questions, num_history
 from proper_ds.training.slots import UserTask
 from proper_ds.training.unit_jobs import user_vector
-from proper_ds.training.users import train_users
+from proper_ds.training.users import Counters, train_users
 
 Tensor = torch.Tensor
 
@@ -135,7 +135,8 @@ class StartModule(nn.Module):
         if not inputs.weight:
             return nothing, numbers_of(ce=nothing, tokens=nothing)
         start, tasks = self.start(), inputs.tasks
-        results = train_users(self.model, self._layout, tasks, self._user, inputs.seed, start=start)
+        counters = Counters()
+        results = train_users(self.model, self._layout, tasks, self._user, inputs.seed, counters, start)
         # who cannot be trained counts as one who stays at the start
         rows_SP = torch.stack([start.row_P.cpu() if r.row_P is None else r.row_P for r in results])
         rows_SP = rows_SP.to(start.row_P)
@@ -150,7 +151,8 @@ class StartModule(nn.Module):
         towards = (moved_SP * grads_SP).sum() / inputs.num_rows
         loss = towards - towards.detach() + loss_S.sum() / inputs.num_rows
         ce = loss_S.sum() * (inputs.num_targets / inputs.num_rows)
-        tokens = torch.tensor(float(sum(len(e.ids) for t in tasks for e in t.examples)))
+        num_asked = sum(len(example.ids) for own in inputs.questions for example in own)
+        tokens = torch.tensor(float(counters.whole.num_tokens + num_asked))
         return loss + nothing, numbers_of(ce=ce, tokens=tokens)
 
     def _moved(self, share_S1: Tensor, count_S1: Tensor, delta_SP: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ Each knows how to work through one unit and commit it; `fleet/worker.py` wraps t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from proper_ds.data.forgotten import Forgotten
@@ -25,11 +27,12 @@ from proper_ds.observe.log import get_logger
 from proper_ds.run_folder import split_lane
 from proper_ds.store.elsewhere import check_in_place, open_store
 from proper_ds.store.store import AdapterStore
+from proper_ds.training.config import UserConfig
 from proper_ds.training.context import RunContext
 from proper_ds.training.features import FeatureData, compute_features, previous_features, write_features
 from proper_ds.training.lanes import Lanes
 from proper_ds.training.selection import num_history, table_line
-from proper_ds.training.set_plan import SetPlan
+from proper_ds.training.set_plan import Role, SetPlan, users_of_role
 from proper_ds.training.slots import UserTask
 from proper_ds.training.users import Counters, UserResult, train_users
 
@@ -172,6 +175,7 @@ class UsersJob:
         self._features: dict[str, FeatureData] = {}
         self._learned: dict[str, UserStart] = {}
         self._locations, self._sets = stores, dict[str, _Set]()
+        self._by_role: dict[str, dict[Role, np.ndarray]] = {}
 
     def _set_of(self, name: str) -> _Set:
         if name not in self._sets:
@@ -253,6 +257,8 @@ class UsersJob:
         start = self._learned_start(context, unit.part)
         settings = config.user_for(_set_name(unit.part))
         results = train_users(self._model, self._layout, tasks, settings, config.seed, counters, start)
+        work = [_work(task, result, settings) for task, result in zip(tasks, results, strict=True)]
+        shares = self._shares(unit.part, context, users, work)
         digests = dict(zip((task.key for task in tasks), _digests(context, users), strict=True))
         # without digests: the next update tries these users again
         results += [UserResult(key, None, reason) for key, reason in damaged.items()]
@@ -264,9 +270,21 @@ class UsersJob:
             "num_warm": len(starts),
             "num_bytes": num_bytes,
             "num_tokens": counters.whole.num_tokens,
+            "shares": shares,
             "first_loss": _mean([result.losses[0] for result in trained]),
             "last_loss": _mean([result.losses[-1] for result in trained]),
             "seconds": time.perf_counter() - start_s,
+        }
+
+    def _shares(self, name: str, context: RunContext, users: list[int], work: list[float]) -> dict[str, float]:
+        """How much of a unit's work each role's users took (`set_plan.Role`); empty where everybody is trained."""
+        if name not in self._by_role:
+            roles = sorted(self._sets[name].plan.roles)
+            self._by_role[name] = {role: users_of_role(context, role) for role in roles}
+        total = max(1.0, sum(work))  # 0 where nobody was trained
+        return {
+            role: sum(w for user, w in zip(users, work, strict=True) if mask[user]) / total
+            for role, mask in self._by_role[name].items()
         }
 
     def _commit(
@@ -300,6 +318,12 @@ class UsersJob:
 def load_start(context: RunContext, adapter_set: str) -> UserStart:
     """The learned start of a set in the context's lane."""
     return UserStart.load(context.stage(f"start/{adapter_set}").path / START)
+
+
+def _work(task: UserTask, result: UserResult, settings: UserConfig) -> float:
+    """Tokens of a user's items times the epochs that were made."""
+    steps_per_epoch = math.ceil(len(task.examples) / settings.per_device_train_batch_size)
+    return sum(len(example.ids) for example in task.examples) * len(result.losses) / max(1, steps_per_epoch)
 
 
 def _set_name(store: str) -> str:

@@ -53,6 +53,18 @@ def test_methods_that_learned_from_evaluated_users_are_named(methods, sections, 
     assert [line.split(":")[0] for line in lines] == ([", ".join(wanted)] if wanted else [])
 
 
+def test_choices_on_the_users_that_are_scored_are_told():
+    choice = {"path": "best.yaml", "digest": "d", "overrides": {"plora.learning_rate": 1.0e-3}, "method": "PLoRA"}
+    choice |= {"metric": "accuracy", "num_trials": 12}
+
+    def told(split):
+        return run_cautions(config_of(["PLoRA"], chosen_by=[choice | {"split": split}]), {}, [])
+
+    assert told("tune") == []
+    (line,) = told("dev")
+    assert "plora.learning_rate: chosen on the same users that are scored here (dev), which flatters PLoRA" in line
+
+
 def test_the_tables_mark_them_and_say_what_the_sign_means(tmp_path):
     report = write_run(tmp_path, ratings({"OPPU": 0.5, "PLoRA": 0.6}))
     assert "†" not in markdown_of(report) + html_of(report, [])

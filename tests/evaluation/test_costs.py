@@ -42,6 +42,36 @@ def test_actors_units_are_added_up_and_one_done_twice_counts_once():
     assert work_of("store/OPPU", MARKER, quarantined) == Work(10.0, None)
 
 
+def test_seconds_before_an_interruption_count_up_to_the_checkpoint():
+    def line(number, rate):
+        return step("population", number, 100) | {"tokens_per_s": rate}
+
+    events = [
+        {"stage": "population", "event": "begins", "num_ranks": 4, "from_step": 0},
+        *(line(n, 50) for n in (10, 20, 30)),  # two seconds each, on four ranks
+        {"stage": "population", "event": "begins", "num_ranks": 2, "from_step": 20},
+        *(line(n, 25) for n in (30, 40)),
+    ]
+    assert work_of("population", MARKER, events) == Work(2 * 2 * 4 + 10 * 2, 400)
+
+
+def test_only_the_users_that_a_method_needs_are_its_cost():
+    events = [
+        unit("store/OPPU", "a", seconds=4.0, num_tokens=100, shares={"asked": 0.75, "merged": 0.25}),
+        unit("store/OPPU", "b", seconds=2.0, num_tokens=50, shares={"asked": 0.0, "merged": 1.0}),
+    ]
+    work = work_of("store/OPPU", MARKER, events)
+    assert (work.seconds, work.num_tokens) == (6.0, 150)
+    assert (work.of("asked").seconds, work.of("asked").num_tokens) == (3.0, 75)
+    assert (work.of("merged").seconds, work.of("merged").num_tokens) == (3.0, 75)
+    assert work.of("router") == work, "not told apart"
+    behind = {"OPPU": ["store/OPPU"], "merged": ["store/OPPU"]}
+    costs = costs_of(behind, {"store/OPPU": work}, {}, [], {"OPPU": "asked", "merged": "merged"})
+    assert [costs[name]["train_seconds"] for name in behind] == [3.0, 3.0]
+    # units from before this was told
+    assert work_of("store/OPPU", MARKER, [*events, unit("store/OPPU", "c", seconds=1.0, num_tokens=1)]).by_role == {}
+
+
 def test_seconds_an_answer():
     events = [
         unit("predictions/OPPU", "a", seconds=9.0, answering_seconds=1.0, num_questions=10),

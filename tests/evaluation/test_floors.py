@@ -112,7 +112,7 @@ def test_written_answers_are_cut_or_whole(tmp_path):
 
 def test_questions_without_anybody_to_learn_from_are_refused(tmp_path):
     prepared = population(tmp_path / "in", DEV)
-    with pytest.raises(DataError, match=r"users with questions in 'other' have no examples"):
+    with pytest.raises(DataError, match=r"training users \('other'\) have no examples"):
         predict_floors(prepared, "dev", "other", ["words"], 1, 10)
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_
 from proper_ds.data.manifest import TaskManifest
 from proper_ds.data.tasks import TASKS
 from proper_ds.evaluation.bootstrap import intervals, score
-from proper_ds.evaluation.metrics import metrics_of, rating_error
+from proper_ds.evaluation.metrics import metrics_of, rating_error, scale_of
 
 LABELS = ("a", "b", "c", "d")
 
@@ -74,6 +74,14 @@ def test_mae_and_rmse_are_scikit_learns(pairs):
 )
 def test_ratings_as_lamp_reads_them(gold, given_, error):
     assert rating_error(gold, given_) == pytest.approx(error)
+
+
+def test_a_scale_of_ones_own_has_ends_of_its_own():
+    scale = scale_of(["0", "10", "5"])
+    assert scale == (0, 10)
+    assert [rating_error(gold, "?", scale) for gold in ("9", "2", "5")] == [-9, 8, 5]
+    mae = by_name("mae", ("0", "5", "10"), "LaMP_3")
+    assert value(mae, ["10", "0"], ["?", "5"]) == pytest.approx(7.5)
 
 
 def test_rouge_is_the_mean_of_rouge_score_without_stemming():

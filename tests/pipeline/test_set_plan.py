@@ -15,7 +15,7 @@ from proper_ds.observe.progress import ProgressView
 from proper_ds.pipeline.run import Run
 from proper_ds.pipeline.stage import Stage
 from proper_ds.store.elsewhere import open_store
-from proper_ds.training.set_plan import AlsoNeeded, ensure_plan
+from proper_ds.training.set_plan import ensure_plan
 
 LAYOUT = LoraLayout((ModuleShape("m", 2, 2),), r=1, lora_alpha=1)
 
@@ -24,7 +24,7 @@ LAYOUT = LoraLayout((ModuleShape("m", 2, 2),), r=1, lora_alpha=1)
 def night(tmp_path, monkeypatch):
     """`night(fingerprint, digests)`: begins an update with these histories by user; the plan of it."""
     monkeypatch.setattr("proper_ds.pipeline.run.StageList", lambda config: [])
-    monkeypatch.setattr("proper_ds.training.set_plan.users_to_train", lambda c, also: np.ones(len(c.keys), dtype=bool))
+    monkeypatch.setattr("proper_ds.training.set_plan.users_to_train", lambda c, roles: np.ones(len(c.keys), dtype=bool))
     run = Run(RunConfig(output_dir=str(tmp_path)), ProgressView(Console(quiet=True)))
 
     def begin(fingerprint, digests, is_update=True):
@@ -33,7 +33,7 @@ def night(tmp_path, monkeypatch):
         held = list(digests.values())
         tokens = SimpleNamespace(num_users=len(held), history_digests=lambda start, stop: held[start:stop])
         context = SimpleNamespace(tokens=tokens, keys=list(digests))
-        return ensure_plan(context, run.folder.stage("store/OPPU"), AlsoNeeded(False, False))
+        return ensure_plan(context, run.folder.stage("store/OPPU"), {"asked"})
 
     begin.folder = run.folder.stage("store/OPPU").path
     return begin

@@ -13,7 +13,7 @@ from proper_ds.config import RunConfig
 from proper_ds.data.tokens import HISTORY, QUERY
 from proper_ds.errors import DataError
 from proper_ds.training.anchors import merge_anchors
-from proper_ds.training.set_plan import AlsoNeeded, users_to_train
+from proper_ds.training.set_plan import roles_in, users_to_train
 
 SPLITS = ["train", "dev"]
 
@@ -66,11 +66,19 @@ def test_needed_are_the_evaluated_and_those_that_something_learns_from():
     users = [(1, ["dev"]), (0, ["dev"]), (5, ["train"]), (2, ["train"]), (3, ["train", "dev"]), (1, [])]
     needed = RunConfig(output_dir="x", user={"users": "needed"}, merge={"num_anchors": 1, "num_neighbours": 1})
 
-    def chosen(by_router, by_merging, settings=needed):
+    def chosen(*roles, settings=needed):
         context = SimpleNamespace(config=settings, tokens=tokens_of(users))
-        return np.flatnonzero(users_to_train(context, AlsoNeeded(by_router, by_merging))).tolist()
+        return np.flatnonzero(users_to_train(context, roles)).tolist()
 
-    assert chosen(False, False) == [0, 4]
-    assert chosen(False, True) == [0, 2, 4]
-    assert chosen(True, False) == [0, 2, 3, 4, 5]
-    assert chosen(False, False, config()) == [0, 2, 3, 4, 5], "all who have history"
+    assert chosen("asked") == [0, 4]
+    assert chosen("asked", "merged") == [0, 2, 4]
+    assert chosen("merged") == [2], "nobody else where adapters are only merged from"
+    assert chosen("router") == [0, 2, 3, 4, 5]
+    assert chosen(settings=config()) == [0, 2, 3, 4, 5], "all who have history"
+
+
+def test_what_adapters_are_needed_for_stands_in_the_settings_of_their_set():
+    assert roles_in({"r": 4}) == set(), "everybody is trained"
+    assert roles_in({"splits": ["train", "dev"]}) == {"asked"}
+    assert roles_in({"splits": [], "router_users": ["train", 5]}) == {"asked", "router"}
+    assert roles_in({"splits": [], "num_anchors": 5, "asked": False}) == {"merged"}

@@ -18,7 +18,7 @@ from proper_ds.checks import check_config
 from proper_ds.data.config import DataConfig
 from proper_ds.distributed.config import DistributedConfig
 from proper_ds.errors import ConfigError, Problem
-from proper_ds.evaluation.config import EvaluationConfig, MethodRecipe
+from proper_ds.evaluation.config import EvaluationConfig, MethodRecipe, PriorConfig
 from proper_ds.files import digest_of_file
 from proper_ds.fleet.config import FleetConfig
 from proper_ds.model.config import BaseConfig
@@ -60,6 +60,7 @@ class RunConfig(Section):
     pplug: PplugConfig = PplugConfig()
     plora: PloraConfig = PloraConfig()
     merge: MergeConfig = MergeConfig()
+    prior: PriorConfig = PriorConfig()
     distributed: DistributedConfig = DistributedConfig()
     fleet: FleetConfig = FleetConfig()
     store: StoreConfig = StoreConfig()

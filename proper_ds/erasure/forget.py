@@ -208,6 +208,8 @@ class _Work:
             self.note("profiles by a model", rows.erase_predictions(profiles.path, self.indices))
         for embeddings in run.in_all_lanes("embeddings"):
             self.note("embeddings", rows.erase_embeddings(embeddings.path, self.indices))
+        for prior in run.root.glob("prior/*/units"):  # of a stage that did not finish: it keeps none
+            self.note("answers that label priors are fitted to", rows.delete(prior))
         for predictions in run.predictions():
             if predictions.inputs() is None:
                 self.note("predictions", rows.delete(predictions.path))  # its units would be cut otherwise now

@@ -36,6 +36,7 @@ RETRAINED = (
     "start",
     "store",
     "router",
+    "prior",
     "predictions",
 )
 """Folders of stages that learned from everybody, or were made by those that did; profiles are of one user each."""

@@ -21,6 +21,13 @@ class MethodRecipe(Section):
     """What of its prompts differs; keys as in `PromptRecipe` (data/recipe.py)."""
 
 
+class PriorConfig(Section):
+    """Methods `population+prior` and `group+prior`: a user's own labels weigh the answers."""
+
+    max_users: int | None = Field(default=500, ge=1)
+    """How much they weigh is learned from the questions of a sample of so many training users; null for all."""
+
+
 class EvaluationConfig(Section):
     """All methods answer the same questions through the same code."""
 

@@ -27,9 +27,22 @@ def check_floors(config: RunConfig) -> list[Problem]:
     return problems
 
 
+def _check_priors(config: RunConfig) -> list[Problem]:
+    """Everything wrong with methods that have a label prior, and with section `prior`."""
+    if not needs_of(config).priors:
+        mend = "Remove it, or evaluate population+prior or group+prior."
+        changed = [name for name in sorted(type(config.prior).model_fields) if is_changed(config.prior, name)]
+        return [Problem(f"prior.{name}", "has no effect without a method with a label prior", mend) for name in changed]
+    if config.evaluation.closed_labels == "generate":
+        wrong = "generated answers have no likelihoods that a label prior could weigh"
+        mend = "Leave out methods that end in +prior, or set `evaluation.closed_labels: score`."
+        return [Problem("evaluation.closed_labels", wrong, mend)]
+    return []
+
+
 def check_rivals(config: RunConfig) -> list[Problem]:
-    """Everything wrong with sections `pplug`, `plora` and `merge` that no single value shows."""
-    needs, pplug, problems = needs_of(config), config.pplug, []
+    """Everything wrong with sections `pplug`, `plora`, `merge` and `prior` that no single value shows."""
+    needs, pplug, problems = needs_of(config), config.pplug, _check_priors(config)
     owners = [
         ("pplug", pplug, "PPlug", bool(needs.pplugs)),
         ("plora", config.plora, "PLoRA", needs.plora),

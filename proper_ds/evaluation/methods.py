@@ -44,6 +44,7 @@ class Method:
         user_lora: each user's own LoRA is on.
         gates: which router mixes the experts: user-aware (stage 2), LoRA-aware (stage 3.2), or one that was trained
             together with users' adapters.
+        prior: the user's own labels weigh the answers of a closed label set.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Method:
     preset: str | None = None
     user_lora: bool = False
     gates: Gates = "user"
+    prior: bool = False
 
     @property
     def lane(self) -> str:
@@ -100,6 +102,16 @@ class Method:
         return "pplug/population" if self.population else "pplug/base"
 
     @property
+    def prior_stage(self) -> str | None:
+        """The stage, within the lane, of its label prior, or None."""
+        return f"prior/{self.preset or 'population'}" if self.prior else None
+
+    @property
+    def without_prior(self) -> Method:
+        """The method whose answers the prior weighs."""
+        return replace(self, prior=False)
+
+    @property
     def stages(self) -> list[str]:
         """Full names of the stages that it answers with, in order; those before them are theirs to name."""
         if self.kind == "floor":
@@ -113,6 +125,7 @@ class Method:
         found += ["embeddings", self.pplug] if self.pplug else []
         found += ["plora"] if self.kind == "PLoRA" else []
         found += ["features"] if self.kind == "merged" else []
+        found += [self.prior_stage] if self.prior_stage else []
         return [in_lane(name, self.lane) for name in found]
 
 
@@ -145,7 +158,9 @@ METHODS = {
         Method("OPPU", "one LoRA per user on the population model, without groups", population=True, user_lora=True),
         Method("OPPU+RAG", "OPPU with items found by BM25", recipe=RAG, population=True, user_lora=True),
         Method("OPPU+PAG", "OPPU with a summary of the user", recipe=PAG, population=True, user_lora=True),
+        Method("population+prior", "population, weighed by the user's own labels", population=True, prior=True),
         Method("group", "experts with user-aware gates (stage 2, preset proper)", population=True, preset="proper"),
+        Method("group+prior", "group, weighed by the user's own labels", population=True, preset="proper", prior=True),
         Method("group-released", "the same, released mathematics", population=True, preset="proper-released"),
         _proper("proper", "one LoRA per user on the groups, LoRA-aware gates"),
         _proper("proper-released", "the same with the released mathematics", "proper-released"),
@@ -177,6 +192,7 @@ class LaneNeeds:
         joints: LoRA-aware routers that are trained together with users' adapters, by preset.
         pplugs: stages of learned user tokens.
         starts: learned starts of users' LoRAs, by adapter set.
+        priors: stages of label priors.
     """
 
     recipe: PromptRecipe
@@ -190,6 +206,7 @@ class LaneNeeds:
     plora: bool
     merged: bool
     starts: tuple[str, ...]
+    priors: tuple[str, ...]
 
     def stages(self, user_vector: Literal["encoder", "table"]) -> list[str]:
         """Full names of the stages of this lane, in order."""
@@ -203,6 +220,7 @@ class LaneNeeds:
         found += [f"group/{name}" for name in self.presets] + [f"start/{name}" for name in self.starts]
         found += [f"store/{name}" for name in self.adapter_sets]
         found += [f"router/{name}" for name in self.routers] + [f"store/{name}-joint" for name in self.joints]
+        found += self.priors
         return [in_lane(name, self.recipe.lane) for name in found]
 
 
@@ -257,6 +275,11 @@ class Needs:
     def plora(self) -> bool:
         """Whether any method is PLoRA."""
         return any(lane.plora for lane in self.lanes)
+
+    @property
+    def priors(self) -> tuple[str, ...]:
+        """Stages of label priors of all lanes."""
+        return _once([name for lane in self.lanes for name in lane.priors])
 
     @property
     def merged(self) -> bool:
@@ -328,6 +351,7 @@ def _lane_needs(methods: list[Method], learned: Collection[str]) -> LaneNeeds:
         plora=any(method.kind == "PLoRA" for method in methods),
         merged=any(method.kind == "merged" for method in methods),
         starts=tuple(name for name in sets if name in learned),
+        priors=_once([method.prior_stage for method in methods]),
     )
 
 

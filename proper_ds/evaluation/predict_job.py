@@ -18,8 +18,10 @@ from proper_ds.data.tokens import QUERY, Example
 from proper_ds.evaluation.adapters import addition_of
 from proper_ds.evaluation.additions import MAX_ROWS, Addition
 from proper_ds.evaluation.answers import SCHEMA, write_answers
+from proper_ds.evaluation.label_prior import LabelPrior, load_priors
 from proper_ds.evaluation.methods import Method, methods_of
 from proper_ds.evaluation.predict import decide, generate, score_labels
+from proper_ds.evaluation.prior_fit import ASKED
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.routing import Rows, mean_gates
@@ -39,11 +41,13 @@ class Question:
     Attributes:
         example: its prompt.
         gold: the answer, or None where it is hidden.
+        own: answers of the user's history items of the same task, for label priors.
     """
 
     example: Example
     id: str
     gold: str | None
+    own: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> np.ndarray:
@@ -52,11 +56,20 @@ class Question:
 
 
 class PredictJob:
-    """Answers the questions of each unit's users by the method that the unit is of, and commits them as one file."""
+    """Answers the questions of each unit's users by the method that the unit is of, and commits them as one file.
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    For stages of label priors these are training questions, of a sample of users, answered without the prior.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, priors: dict[str, str] | None = None) -> None:
+        """`priors`: names of methods by the stages of their label priors; None evaluates."""
         self._config = config
         self._methods = {method.name: method for method in methods_of(config) if method.kind != "floor"}
+        self._by_part = {f"predictions/{name}": method for name, method in self._methods.items()}
+        if priors is not None:
+            self._by_part = {part: self._methods[name].without_prior for part, name in priors.items()}
+            self._methods = {method.name: method for method in self._by_part.values()}
+        self._of_priors = priors is not None
         methods = list(self._methods.values())
         lanes = list(dict.fromkeys(method.lane for method in methods))
         with_population = list(dict.fromkeys(method.lane for method in methods if method.population))
@@ -76,22 +89,47 @@ class PredictJob:
     def run(self, unit: UserRange) -> dict[str, Any]:
         """See Job."""
         start_s = time.perf_counter()
-        method = self._methods[unit.part.removeprefix("predictions/")]
+        method = self._by_part[unit.part]
         context = self._lanes.context(method.lane)
-        questions = list(_questions_of(context, unit))
+        questions = list(self._questions_of(context, unit))
         self._lanes.wear(method.lane if method.population else None)
         addition = self._addition_of(method, context)
+        priors = load_priors(context.stage(method.prior_stage).path) if method.prior_stage else {}
         rows: list[dict[str, Any]] = []
         answer_s = time.perf_counter()
         addition.attach(self._model)
-        for task_code, task in enumerate(context.prepared.manifest.tasks.values()):
-            rows += self._answer(context, addition, task, [q for q in questions if q.example.task == task_code])
+        for task_code, (name, task) in enumerate(context.prepared.manifest.tasks.items()):
+            asked = [q for q in questions if q.example.task == task_code]
+            rows += self._answer(context, addition, task, priors.get(name), asked)
         addition.detach(self._model)
         answering_seconds = time.perf_counter() - answer_s
         table = pa.Table.from_pylist([row | {"method": method.name} for row in rows], schema=SCHEMA)
         write_answers(context.folder.stage(unit.part).path, unit.name, table)
         seconds = time.perf_counter() - start_s
-        return {"num_questions": len(rows), "answering_seconds": answering_seconds, "seconds": seconds}
+        tokens = sum(len(q.prompt) for q in questions)
+        return {
+            "num_questions": len(rows),
+            "num_tokens": tokens,
+            "answering_seconds": answering_seconds,
+            "seconds": seconds,
+        }
+
+    def _questions_of(self, context: RunContext, unit: UserRange) -> Iterator[Question]:
+        data, split = context.config.data, context.config.evaluation.split
+        is_asked = None
+        if self._of_priors:
+            split = data.train_split
+            is_asked = np.load(context.folder.stage(unit.part).path / ASKED, allow_pickle=False)
+        for index, user in enumerate(context.prepared.users(unit.first, unit.stop), start=unit.first):
+            wanted = [query.split == split and (is_asked is None or query.answer is not None) for query in user.queries]
+            if not any(wanted) or (is_asked is not None and not is_asked[index]):
+                continue
+            start, stop = context.tokens.range_of(index)
+            for example in context.tokens.examples_of(start, stop):
+                if example.kind == QUERY and wanted[example.position]:
+                    query = user.queries[example.position]
+                    own = tuple(item.answer for item in user.history if item.task == query.task)
+                    yield Question(example, query.id, query.answer, own)
 
     def _addition_of(self, method: Method, context: RunContext) -> Addition:
         if self._addition is None or self._addition[0] != method.name:
@@ -100,7 +138,12 @@ class PredictJob:
         return self._addition[1]
 
     def _answer(
-        self, context: RunContext, addition: Addition, task: TaskManifest, questions: list[Question]
+        self,
+        context: RunContext,
+        addition: Addition,
+        task: TaskManifest,
+        prior: LabelPrior | None,
+        questions: list[Question],
     ) -> Iterator[dict[str, Any]]:
         evaluation = self._config.evaluation
         scored = task.labels is not None and evaluation.closed_labels == "score"
@@ -109,10 +152,15 @@ class PredictJob:
         for part in length_batches(lengths, evaluation.num_tokens_per_batch):
             for start in range(0, len(part), MAX_ROWS):
                 batch = [questions[i] for i in part[start : start + MAX_ROWS]]
-                yield from self._answer_batch(context, addition, task, batch)
+                yield from self._answer_batch(context, addition, task, prior, batch)
 
     def _answer_batch(
-        self, context: RunContext, addition: Addition, task: TaskManifest, batch: list[Question]
+        self,
+        context: RunContext,
+        addition: Addition,
+        task: TaskManifest,
+        prior: LabelPrior | None,
+        batch: list[Question],
     ) -> Iterator[dict[str, Any]]:
         evaluation = self._config.evaluation
         rows, own = addition.rows([q.example for q in batch])
@@ -122,6 +170,9 @@ class PredictJob:
         scores: list[list[float]] = [[] for _ in batch]
         if task.labels is not None and evaluation.closed_labels == "score":
             scores = score_labels(self._model, prompts, context.tokens.labels(task.name)).tolist()
+            if prior is not None:
+                scores = [prior.weighed(s, q.own) for s, q in zip(scores, batch, strict=True)]
+                own = [is_personal or bool(q.own) for is_personal, q in zip(own, batch, strict=True)]
             answers = [
                 decide(s, task.labels, evaluation.ordinal == "median" and task.kind == "ordinal") for s in scores
             ]
@@ -167,15 +218,3 @@ class PredictJob:
             parts.append(mean_gates(gates_RTN.float(), mask_RT))
         found: list[list[float]] = torch.cat(parts, dim=-1).tolist()
         return found
-
-
-def _questions_of(context: RunContext, unit: UserRange) -> Iterator[Question]:
-    split = context.config.evaluation.split
-    for index, user in enumerate(context.prepared.users(unit.first, unit.stop), start=unit.first):
-        if not any(query.split == split for query in user.queries):
-            continue
-        start, stop = context.tokens.range_of(index)
-        for example in context.tokens.examples_of(start, stop):
-            if example.kind == QUERY and user.queries[example.position].split == split:
-                query = user.queries[example.position]
-                yield Question(example, query.id, query.answer)

@@ -43,6 +43,8 @@ def bytes_per_user(context: RunContext, method: Method) -> float:
         total += store.stats().pack_bytes / num_adapters if num_adapters else 0.0
     if method.preset is not None:
         total += _vector_bytes(context.stage(method.level_stage).path / "level.safetensors")
+    if method.prior:
+        total += _FLOAT_BYTES * sum(len(task.labels) for task in manifest.tasks.values() if task.labels)
     if not method.recipe.is_plain:
         total += recipe_bytes(context, method.recipe)
     return total

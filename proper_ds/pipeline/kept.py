@@ -15,7 +15,7 @@ from proper_ds.training.set_plan import NUM_ANCHORS, OF_NEEDED, ROUTER_USERS
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
-KEPT_STEPS = ("base", "population", "group", "start", "router")
+KEPT_STEPS = ("base", "population", "group", "start", "router", "prior")
 IDLE = ("num_tokens_per_unit", "num_slots", "num_tokens_per_batch")
 """Settings that say how the work is cut, not what is learned: they may change from night to night."""
 _KEYS = {

@@ -46,6 +46,7 @@ STEPS = (
     "start",
     "user",
     "router",
+    "prior",
     "floors",
     "evaluate",
     "report",
@@ -119,6 +120,8 @@ class StageList:
             settings = self._rank_settings("joint") | {"stored_as": config.store.dtype}
             before = [f"group/{preset}", f"store/{preset}"]
             self._add(f"store/{preset}-joint", "router", "ranks", settings, before, lane=lane)
+        for name in needs.priors:
+            self._add_prior(name, lane)
 
     def __iter__(self) -> Any:
         return iter(self.stages)
@@ -278,6 +281,17 @@ class StageList:
         if chosen.gate == "double_softmax":
             settings = {key: value for key, value in settings.items() if key not in PROPER_ONLY}
         self._add(f"group/{preset}", "group", "ranks", settings, before, lane=lane)
+
+    def _add_prior(self, name: str, lane: str) -> None:
+        config, level = self._config, name.removeprefix("prior/")
+        settings = _dump(config.prior) | {
+            "seed": config.seed,
+            "dtype": config.base.dtype,
+            "train_split": config.data.train_split,
+            "num_tokens_per_unit": config.fleet.num_tokens_per_unit,
+        }
+        before = ["population"] if level == "population" else ["population", f"group/{level}"]
+        self._add(name, "prior", "fleet", settings, before, lane=lane)
 
     def _add_start(self, adapter_set: str, lane: str) -> None:
         """The start depends on how users train from it, but for what says how their work is cut."""

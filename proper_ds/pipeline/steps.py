@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from proper_ds.data.prompts import PromptEncoder
 from proper_ds.data.tokens import PROMPT_COUNTS, tokenize
 from proper_ds.distributed.checkpoint import Checkpoints
 from proper_ds.errors import UserError
+from proper_ds.evaluation import prior_fit
 from proper_ds.evaluation.answers import has_answers, write_answers
 from proper_ds.evaluation.floors import predict_floors
 from proper_ds.evaluation.methods import methods_of, needs_of
@@ -30,7 +31,7 @@ from proper_ds.observe.progress import ProgressView, follow_metrics
 from proper_ds.pipeline.quarantine import give_up_unit
 from proper_ds.pipeline.roster import keep_roster, known_before
 from proper_ds.pipeline.stage import Stage
-from proper_ds.run_folder import split_lane
+from proper_ds.run_folder import in_lane, split_lane
 from proper_ds.store.elsewhere import open_store
 from proper_ds.training import embeddings
 from proper_ds.training.context import RunContext
@@ -43,6 +44,7 @@ from proper_ds.training.set_plan import ensure_plan, roles_in, users_to_train
 TOKENS_PER_PROFILE = 2_000
 """What a user counts for in units whose users' profiles a model writes."""
 _COUNTED = ("num_examples", "num_tokens")
+_PRIOR_LOGGED = ("prior_items", "weight", "num_questions", "nll_before", "nll_after")
 _SHORT_OF_ROOM = {
     "num_cut": "were cut to",
     "num_bare": "show nothing of what their recipe puts there, for want of room in",
@@ -89,6 +91,7 @@ class Steps:
             "start": self._ranks,
             "user": self._users,
             "router": self._ranks,
+            "prior": self._priors,
             "floors": self._floors,
             "evaluate": self._evaluate,
             "report": self._report,
@@ -234,6 +237,31 @@ class Steps:
             )
             write_answers(self._folder.stage(f"predictions/{method}").path, "all", table)
             self.unit_seconds[f"predictions/{method}"] = time.perf_counter() - start_s
+
+    def _priors(self, stages: list[Stage]) -> None:
+        """The training questions of a sample of users are answered as others are, then the priors are fitted."""
+        by_stage = {in_lane(m.prior_stage, m.lane): m.name for m in methods_of(self._config) if m.prior_stage}
+        every, pending = list[Unit](), list[Unit]()
+        for stage in stages:
+            context, folder = self._context_of(stage), self._folder.stage(stage.name).path
+            units = self._units(context, prior_fit.choose_asked(context, folder), stage.name)
+            every, pending = every + units, pending + [unit for unit in units if not has_answers(folder, unit.name)]
+        options = {"priors": {stage.name: by_stage[stage.name] for stage in stages}}
+        self._fleet("proper_ds.evaluation.predict_job:PredictJob", options, "prior", every, pending)
+        for stage in stages:
+            for task, found in prior_fit.finish(self._context_of(stage), self._folder.stage(stage.name).path).items():
+                about = asdict(found) | {"labels": len(found.labels)}
+                self._metrics.log(stage.name, event="fitted", task=task, **{k: about[k] for k in _PRIOR_LOGGED})
+                get_logger().info(
+                    "%s: %s: a user's labels count %.2f times beside %.3g of everybody's; %.3f nats a"
+                    " question, %.3f before",
+                    stage.name,
+                    task,
+                    found.weight,
+                    found.prior_items,
+                    found.nll_after,
+                    found.nll_before,
+                )
 
     def _evaluate(self, stages: list[Stage]) -> None:
         lanes = {method.name: method.lane for method in methods_of(self._config)}

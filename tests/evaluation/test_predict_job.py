@@ -66,11 +66,12 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(predict_job, "write_answers", lambda *_: spend(1000))
     prepared = SimpleNamespace(manifest=SimpleNamespace(tasks={"t": None}))
     context = SimpleNamespace(prepared=prepared, folder=RunFolder(tmp_path))
-    made._methods, made._model, made._addition = METHODS, None, None
+    made._by_part = {f"predictions/{name}": method for name, method in METHODS.items()}
+    made._model = made._addition = None
     made._lanes = SimpleNamespace(context=lambda lane: context, wear=lambda lane: spend(100))
-    asked = [SimpleNamespace(example=SimpleNamespace(task=0))]
-    monkeypatch.setattr(predict_job, "_questions_of", lambda context, unit: spend(100, asked))
-    made._answer = lambda context, addition, task, questions: spend(4, [{"task": "t"} for _ in questions])
+    asked = [SimpleNamespace(example=SimpleNamespace(task=0), prompt=[1, 2])]
+    made._questions_of = lambda context, unit: spend(100, asked)
+    made._answer = lambda context, addition, task, prior, questions: spend(4, [{"task": "t"} for _ in questions])
     return made
 
 

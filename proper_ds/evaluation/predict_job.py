@@ -100,6 +100,8 @@ class PredictJob:
         addition.attach(self._model)
         for task_code, (name, task) in enumerate(context.prepared.manifest.tasks.items()):
             asked = [q for q in questions if q.example.task == task_code]
+            if method.prior_stage and name not in priors:
+                continue  # labels weigh nothing there: the method leaves the task out
             rows += self._answer(context, addition, task, priors.get(name), asked)
         addition.detach(self._model)
         answering_seconds = time.perf_counter() - answer_s

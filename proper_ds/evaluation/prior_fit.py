@@ -14,7 +14,9 @@ from proper_ds.data.prepared import PreparedData
 from proper_ds.errors import DataError
 from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.label_prior import LabelPrior, counts_of, fit_prior, save_priors
+from proper_ds.evaluation.methods import methods_of
 from proper_ds.files import atomic_path, seed_of
+from proper_ds.observe.log import get_logger
 from proper_ds.training.context import RunContext
 from proper_ds.training.selection import first_questions, num_history
 
@@ -25,15 +27,18 @@ ASKED = "asked.npy"
 def choose_asked(context: RunContext, folder: Path) -> np.ndarray:
     """Mask over a seeded sample of the training users with history and an answered question; written down.
 
+    Nobody is asked where no task has a prior.
+
     Raises:
-        DataError: where there are none, or no task has a closed label set.
+        DataError: where some task has one, and nobody can be asked.
     """
     config = context.config
-    if not _tasks(context.prepared):
-        raise DataError(
-            "methods with a label prior need a task whose histories hold labels of a closed set, and this data has"
-            " none; leave `population+prior` and `group+prior` out of evaluation.methods"
+    if not tasks_with_prior(context.prepared):
+        get_logger().warning(
+            "no history of this data holds labels of a closed set, so methods with a label prior (%s) answer nothing",
+            ", ".join(method.name for method in methods_of(config) if method.prior),
         )
+        return np.zeros(context.tokens.num_users, dtype=bool)
     mask = (first_questions(context.tokens, config.data.train_split) >= 0) & (num_history(context.tokens) > 0)
     if not mask.any():
         raise DataError(
@@ -51,14 +56,16 @@ def choose_asked(context: RunContext, folder: Path) -> np.ndarray:
 
 def finish(context: RunContext, folder: Path) -> dict[str, LabelPrior]:
     """Fit a prior for each task with labels, write them, and remove the answers: nothing of one user stays."""
-    priors = fit_priors(context.prepared, folder, context.config.data.train_split)
+    priors = {}
+    if tasks_with_prior(context.prepared):
+        priors = fit_priors(context.prepared, folder, context.config.data.train_split)
+        shutil.rmtree(folder / "units")
+        (folder / ASKED).unlink()
     save_priors(folder, priors)
-    shutil.rmtree(folder / "units")
-    (folder / ASKED).unlink()
     return priors
 
 
-def _tasks(prepared: PreparedData) -> dict[str, tuple[str, ...]]:
+def tasks_with_prior(prepared: PreparedData) -> dict[str, tuple[str, ...]]:
     """Labels by task, of the tasks whose history items carry them: those of LaMP-1 have no candidates."""
     tasks = prepared.manifest.tasks
     return {name: tuple(task.labels) for name, task in tasks.items() if task.labels and task.lamp_id != "LaMP_1"}
@@ -69,7 +76,7 @@ def fit_priors(prepared: PreparedData, folder: Path, train_split: str) -> dict[s
     answers = read_answers(folder)
     asked = {int(user) for user in answers.column("user").to_pylist()}
     own: dict[tuple[str, int], list[str]] = {}
-    labels_of = _tasks(prepared)
+    labels_of = tasks_with_prior(prepared)
     totals = {name: np.ones(len(labels)) for name, labels in labels_of.items()}
     for index, user in enumerate(prepared.users()):
         if not user.teaches(train_split):

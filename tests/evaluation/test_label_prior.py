@@ -161,9 +161,15 @@ def test_asked_are_training_users_with_history(tmp_path):
 
 
 @pytest.mark.parametrize("about", [{"labels": None}, {"lamp_id": "LaMP_1"}])
-def test_data_without_labels_in_its_histories_is_refused(tmp_path, about):
-    with pytest.raises(DataError, match="need a task whose histories hold labels"):
-        prior_fit.choose_asked(context_of([(1, ["train"])], None, **about), tmp_path)
+def test_without_labels_in_histories_nobody_is_asked_and_nothing_answered(tmp_path, caplog, about):
+    context = context_of([(1, ["train"])], None, **about)
+    with caplog.at_level("WARNING", logger="proper_ds"):
+        assert not prior_fit.choose_asked(context, tmp_path).any()
+    assert "methods with a label prior (group+prior) answer nothing" in caplog.text
+    assert prior_fit.finish(context, tmp_path) == load_priors(tmp_path) == {}
+
+
+def test_nobody_to_learn_from_is_refused(tmp_path):
     with pytest.raises(DataError, match="nothing to learn from"):
         prior_fit.choose_asked(context_of([(1, ["dev"]), (0, ["train"])], None), tmp_path)
 

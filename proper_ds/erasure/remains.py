@@ -40,8 +40,8 @@ RETRAINED = (
     "predictions",
 )
 """Folders of stages that learned from everybody, or were made by those that did; profiles are of one user each."""
-LEARNING = ("population", "pplug/*", "plora", "group/*", "start/*", "router/*", "store/*-joint")
-"""Stages, within a lane, whose weights are shared by all users."""
+LEARNING = ("population", "pplug/*", "plora", "group/*", "start/*", "router/*", "store/*-joint", "prior/*")
+"""Stages, within a lane, whose weights or numbers are shared by all users."""
 
 
 def how_to_remove(run: RunFolder) -> str:
@@ -60,7 +60,7 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
     """
     folder, found = context.folder, dict[str, Any]()
     if done := folder.stage("base").inputs():
-        found["base"] = {"made": done["finished"], "note": "tokenizer and model were made from all prepared texts"}
+        found["base"] = {"made": done["finished"], "note": "tokenizer and model were made from training users' texts"}
     for tokens in folder.in_all_lanes("tokens"):
         if tokens.inputs() is not None and users:
             found |= _learned_in(replace(context, lane=split_lane(tokens.name)[1]), users)
@@ -87,8 +87,11 @@ def _learned_in(context: RunContext, users: Collection[int]) -> dict[str, Any]:
 
 def _taught(context: RunContext, name: str, settings: dict[str, Any]) -> tuple[np.ndarray, list[str]]:
     """(mask over the users that a stage made with these settings learned from, its `train_on`)."""
-    tokens, split, train_on = context.tokens, settings["train_split"], list(settings["train_on"])
+    tokens, split = context.tokens, settings["train_split"]
     kind, _, preset = split_lane(name)[0].partition("/")
+    if kind == "prior":  # counts of labels, and two numbers fitted to questions
+        return training_users(tokens, split), ["history", "queries"]
+    train_on = list(settings["train_on"])
     everybody = np.ones(tokens.num_users, dtype=bool)
     if kind in ("router", "store"):
         return router_users(tokens, settings["users"], settings["max_users"], split, settings["seed"]), train_on

@@ -30,6 +30,7 @@ STAGES = {
     "start/proper": TRAIN | {"train_on": ["queries"]},
     "router/proper": TRAIN | {"train_on": ["queries"], "users": "train", "max_users": None},
     "store/proper-joint": TRAIN | {"users": "all", "max_users": None},
+    "prior/proper": {"train_split": "train", "max_users": None},
     "predictions/merged": {"num_anchors": 1},
     "predictions/mix": {"num_anchors": 2},
     "predictions/proper": {"split": "dev"},
@@ -90,6 +91,7 @@ def test_every_stage_that_learned_from_the_users_is_named(tmp_path):
         "start/proper": [2, 5, 2],
         "router/proper": [2, 0, 2],
         "store/proper-joint": [2, 5, 2],
+        "prior/proper": [2, 5, 2],
         f"tokens@{LANE}": [2, 5, 0],
         "predictions/merged": [1, None, None],
         "predictions/mix": [2, None, None],
@@ -111,7 +113,7 @@ def test_the_folders_to_remove_are_those_that_are_there(tmp_path):
     context = run_of(tmp_path)
     told = how_to_remove(context.folder)
     folders = told.partition("remove the folders ")[2].partition(" from the run")[0].split(", ")
-    stems = ["group", "plora", "population", "pplug", "predictions", "router", "start", "store", "tokens"]
+    stems = ["group", "plora", "population", "pplug", "predictions", "prior", "router", "start", "store", "tokens"]
     assert folders == sorted([*stems, f"population@{LANE}", f"tokens@{LANE}"])
 
 

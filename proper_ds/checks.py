@@ -68,10 +68,11 @@ def _data(config: RunConfig) -> list[Problem]:
         mend = "It belongs to `proper-ds data prepare`; remove it here."
         problems += [Problem(f"data.{name}", "has no effect on prepared data", mend) for name in idle]
     taught = [name for name, stage in trained_stages(config) if "queries" in stage.train_on]
-    if data.train_split == config.evaluation.split and taught:
+    ways = [f"set `train_on: [history]` in {', '.join(taught)}"] * bool(taught)
+    ways += ["leave out methods that end in +prior"] * bool(needs_of(config).priors)
+    if data.train_split == config.evaluation.split and ways:
         wrong = f"{data.train_split!r} is also data.train_split, whose answers are trained on"
-        mend = f"Evaluate on another split, or set `train_on: [history]` in {', '.join(taught)}."
-        problems.append(Problem("evaluation.split", wrong, mend))
+        problems.append(Problem("evaluation.split", wrong, f"Evaluate on another split, or {' and '.join(ways)}."))
     return problems
 
 

@@ -83,6 +83,7 @@ BAD = [
     ("user.num_tokens_per_batch=100", "user.num_tokens_per_batch", "cannot hold one example"),
     ("user.lora.target_modules=[q_proj]", "user.lora.target_modules", "lacks down_proj, gate_proj, up_proj"),
     ("evaluation.split=train", "evaluation.split", "also data.train_split"),
+    ("prior.max_users=5", "prior.max_users", "no effect without a method with a label prior"),
     ("distributed.deepspeed=none.json", "distributed.deepspeed", "No such file.*ds_configs/zero2.json"),
     ("distributed.min_ranks=2", "distributed.min_ranks", "more than distributed.num_ranks 1"),
     ("output_dir=", "output_dir", "not legal"),
@@ -99,6 +100,15 @@ def test_each_mistake_names_its_key_and_its_mend(load, override, key, message):
     found = problems(load, override)
     assert key in found, found
     assert re.search(message, found[key]), found[key]
+
+
+def test_label_priors_need_likelihoods_and_other_questions_than_those_that_are_scored(load):
+    with_prior = "evaluation.methods=[population,group+prior]"
+    found = problems(load, with_prior, "evaluation.closed_labels=generate")
+    assert "no likelihoods" in found["evaluation.closed_labels"]
+    histories = [f"{name}.train_on=[history]" for name in ("population", "group")]
+    found = problems(load, with_prior, "evaluation.split=train", *histories)
+    assert "leave out methods that end in +prior" in found["evaluation.split"]
 
 
 def test_options_without_effect_are_mistakes(load):

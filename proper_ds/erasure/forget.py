@@ -22,7 +22,8 @@ from proper_ds.erasure.remains import how_to_remove, learned_from, still_in_sour
 from proper_ds.erasure.rows import Taken
 from proper_ds.erasure.scan import Scan, scan
 from proper_ds.errors import UserError
-from proper_ds.evaluation.answers import read_answers
+from proper_ds.evaluation.answers import UNITS, read_answers
+from proper_ds.evaluation.prior_fit import ASKED
 from proper_ds.evaluation.results import write_lamp_files
 from proper_ds.files import write_json_atomic
 from proper_ds.run_folder import RunFolder, StageFolder, stage_of
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from proper_ds.config import RunConfig
 
 FOLDER, PENDING = "forgotten", "pending.json"
-BY_PLACE = ("tokens", "features", "predictions", "embeddings", "profiles")
+BY_PLACE = ("tokens", "features", "predictions", "embeddings", "profiles", "prior")
 """Stages that know users by index alone."""
 OUT_OF_REACH = (
     "Not searched: Ray's own logs (its temporary folder on each node, the driver log of a job), output of the terminal"
@@ -208,8 +209,8 @@ class _Work:
             self.note("profiles by a model", rows.erase_predictions(profiles.path, self.indices))
         for embeddings in run.in_all_lanes("embeddings"):
             self.note("embeddings", rows.erase_embeddings(embeddings.path, self.indices))
-        for prior in run.root.glob("prior/*/units"):  # of a stage that did not finish: it keeps none
-            self.note("answers that label priors are fitted to", rows.delete(prior))
+        for path in sorted({*run.root.glob(f"prior/*/{UNITS}"), *run.root.glob(f"prior/*/{ASKED}")}):
+            self.note("answers that label priors are fitted to", rows.delete(path))  # a finished stage keeps none
         for predictions in run.predictions():
             if predictions.inputs() is None:
                 self.note("predictions", rows.delete(predictions.path))  # its units would be cut otherwise now

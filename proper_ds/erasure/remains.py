@@ -60,7 +60,8 @@ def learned_from(context: RunContext, users: Collection[int]) -> dict[str, Any]:
     """
     folder, found = context.folder, dict[str, Any]()
     if done := folder.stage("base").inputs():
-        found["base"] = {"made": done["finished"], "note": "tokenizer and model were made from training users' texts"}
+        whose = "training users'" if "train_split" in done["settings"] else "all prepared"  # earlier versions read all
+        found["base"] = {"made": done["finished"], "note": f"tokenizer and model were made from {whose} texts"}
     for tokens in folder.in_all_lanes("tokens"):
         if tokens.inputs() is not None and users:
             found |= _learned_in(replace(context, lane=split_lane(tokens.name)[1]), users)

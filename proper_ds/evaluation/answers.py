@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from proper_ds.files import atomic_path
 
+UNITS = "units"
+"""Of a method's or a prior's folder: the answers, a file a unit."""
 SCHEMA = pa.schema(
     [
         ("method", pa.string()),
@@ -49,8 +51,8 @@ def read_answers(folder: Path) -> pa.Table:
 
 def answer_files(folder: Path) -> list[Path]:
     """The files of one method's answers, in a fixed order."""
-    return sorted((folder / "units").glob("*.parquet"))
+    return sorted((folder / UNITS).glob("*.parquet"))
 
 
 def _file(folder: Path, unit: str) -> Path:
-    return folder / "units" / f"{unit}.parquet"
+    return folder / UNITS / f"{unit}.parquet"

@@ -119,7 +119,17 @@ def costs_of(
     found = {}
     for method, stages in behind.items():
         role = (roles or {}).get(method, "")
-        shared = [s for s in stages if any(s in other for name, other in behind.items() if name != method)]
+        others = {name: other for name, other in behind.items() if name != method}
+
+        def is_shared(stage: str, role: str = role, others: Mapping[str, Sequence[str]] = others) -> bool:
+            """Whether another method needs the stage, too: where users are told apart, for the same users."""
+            is_apart = stage in works and works[stage].by_role
+            return any(
+                stage in other and (not is_apart or _overlap(role, (roles or {}).get(name, "")))
+                for name, other in others.items()
+            )
+
+        shared = [stage for stage in stages if is_shared(stage)]
         found[method] = {
             "stages": list(stages),
             "train_seconds": _seconds(stages, works, role),
@@ -130,6 +140,11 @@ def costs_of(
             "predict_seconds": answering.get(method),
         }
     return found
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether adapters for two uses are of the same people: nobody who is merged from is asked."""
+    return (one == "merged") == (other == "merged")
 
 
 def _seconds(stages: Sequence[str], works: Mapping[str, Work], role: str) -> float | None:

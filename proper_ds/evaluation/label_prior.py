@@ -46,6 +46,13 @@ class LabelPrior:
     nll_before: float
     nll_after: float
 
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"a user's labels weigh {self.weight:.2f}, everybody's as {self.prior_items:.3g} items;"
+            f" {self.nll_after:.3f} nats a question, {self.nll_before:.3f} without"
+        )
+
     def weighed(self, scores_L: Sequence[float], own: Sequence[str]) -> list[float]:
         """The log-likelihood of each label [L], up to a number, for a user with these labels; unchanged without any."""
         counts_QL, share_L = np.asarray([counts_of(own, self.labels)]), np.asarray(self.share)

@@ -21,7 +21,7 @@ from proper_ds.evaluation.answers import SCHEMA, write_answers
 from proper_ds.evaluation.label_prior import LabelPrior, load_priors
 from proper_ds.evaluation.methods import Method, methods_of
 from proper_ds.evaluation.predict import decide, generate, score_labels
-from proper_ds.evaluation.prior_fit import ASKED
+from proper_ds.evaluation.prior_fit import ASKED, tasks_with_prior
 from proper_ds.model.adapted import PersonalModel
 from proper_ds.model.base import find_targets
 from proper_ds.model.routing import Rows, mean_gates
@@ -91,7 +91,7 @@ class PredictJob:
         start_s = time.perf_counter()
         method = self._by_part[unit.part]
         context = self._lanes.context(method.lane)
-        questions = list(self._questions_of(context, unit))
+        questions = list(self._questions_of(context, unit, with_own=method.prior))
         self._lanes.wear(method.lane if method.population else None)
         addition = self._addition_of(method, context)
         priors = load_priors(context.stage(method.prior_stage).path) if method.prior_stage else {}
@@ -116,21 +116,31 @@ class PredictJob:
             "seconds": seconds,
         }
 
-    def _questions_of(self, context: RunContext, unit: UserRange) -> Iterator[Question]:
+    def _questions_of(self, context: RunContext, unit: UserRange, with_own: bool) -> Iterator[Question]:
+        """Questions of the evaluated split; for stages of label priors, answered ones of the training split.
+
+        Args:
+            with_own: whether the answers of the user's history come with them.
+        """
         data, split = context.config.data, context.config.evaluation.split
-        is_asked = None
+        asked_U, tasks = None, set(context.prepared.manifest.tasks)
         if self._of_priors:
-            split = data.train_split
-            is_asked = np.load(context.folder.stage(unit.part).path / ASKED, allow_pickle=False)
+            split, tasks = data.train_split, set(tasks_with_prior(context.prepared))
+            asked_U = np.load(context.folder.stage(unit.part).path / ASKED, allow_pickle=False)
         for index, user in enumerate(context.prepared.users(unit.first, unit.stop), start=unit.first):
-            wanted = [query.split == split and (is_asked is None or query.answer is not None) for query in user.queries]
-            if not any(wanted) or (is_asked is not None and not is_asked[index]):
+            if asked_U is not None and not asked_U[index]:
+                continue
+            wanted = [
+                query.split == split and query.task in tasks and (asked_U is None or query.answer is not None)
+                for query in user.queries
+            ]
+            if not any(wanted):
                 continue
             start, stop = context.tokens.range_of(index)
             for example in context.tokens.examples_of(start, stop):
                 if example.kind == QUERY and wanted[example.position]:
                     query = user.queries[example.position]
-                    own = tuple(item.answer for item in user.history if item.task == query.task)
+                    own = tuple(item.answer for item in user.history if with_own and item.task == query.task)
                     yield Question(example, query.id, query.answer, own)
 
     def _addition_of(self, method: Method, context: RunContext) -> Addition:
@@ -167,7 +177,8 @@ class PredictJob:
         evaluation = self._config.evaluation
         rows, own = addition.rows([q.example for q in batch])
         prompts = [addition.prompt(q.prompt) for q in batch]
-        gates = self._prompt_gates(rows, prompts) if addition.num_experts else [[] for _ in batch]
+        with_gates = addition.num_experts and not self._of_priors
+        gates = self._prompt_gates(rows, prompts) if with_gates else [[] for _ in batch]
         self._model.set_rows(rows)
         scores: list[list[float]] = [[] for _ in batch]
         if task.labels is not None and evaluation.closed_labels == "score":

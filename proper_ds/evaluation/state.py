@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from proper_ds.evaluation.kept_texts import floor_bytes, recipe_bytes
 from proper_ds.evaluation.methods import Method
+from proper_ds.evaluation.prior_fit import tasks_with_prior
 from proper_ds.model.lora import LoraLayout
 from proper_ds.store.elsewhere import open_store
 
@@ -44,7 +45,7 @@ def bytes_per_user(context: RunContext, method: Method) -> float:
     if method.preset is not None:
         total += _vector_bytes(context.stage(method.level_stage).path / "level.safetensors")
     if method.prior:
-        total += _FLOAT_BYTES * sum(len(task.labels) for task in manifest.tasks.values() if task.labels)
+        total += _FLOAT_BYTES * sum(len(labels) for labels in tasks_with_prior(context.prepared).values())
     if not method.recipe.is_plain:
         total += recipe_bytes(context, method.recipe)
     return total

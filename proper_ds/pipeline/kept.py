@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from proper_ds.errors import ConfigError, Problem, UserError
 from proper_ds.run_folder import RunFolder
-from proper_ds.training.set_plan import NUM_ANCHORS, OF_NEEDED, ROUTER_USERS
+from proper_ds.training.set_plan import ASKED, NUM_ANCHORS, OF_NEEDED, ROUTER_USERS
 
 if TYPE_CHECKING:
     from proper_ds.config import RunConfig
@@ -93,7 +93,9 @@ class Kept:
         kind = "joint" if name.endswith("-joint") else name.partition("/")[0]
         section = {"base": "base.create", "store": "user"}.get(kind, kind)
         before, after = _flat(then), _flat(now)
-        idle = set(IDLE)
+        idle = {*IDLE, ASKED}  # whoever lacks an adapter that is needed now gets one
+        if name == "base" and "train_split" not in before:
+            idle.add("train_split")  # an earlier version, which read everybody's texts
         if NUM_ANCHORS not in after:
             idle.add(NUM_ANCHORS)  # `merged` is evaluated no more, which an update does not bear
         if before.get("users") != after.get("users"):

@@ -166,6 +166,9 @@ def _split_problems(config: RunConfig, manifest: Manifest, evaluates: bool) -> l
             for name, stage in trained_stages(config)
             if stage.train_on == ["queries"]
         ]
+        if needs_of(config).priors:
+            mend = "Leave methods that end in +prior out of evaluation.methods."
+            problems.append(Problem("prior", wrong, mend))
     return problems
 
 

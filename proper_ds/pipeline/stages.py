@@ -61,6 +61,8 @@ TOKENS_VERSION = 2
 """Counts up where the same data makes other prompts than before: 2 cuts them alike whatever their answer."""
 RECIPES_VERSION = 3
 """The same for prompts by recipe: 3 keeps the items that fit where not all do."""
+FLOORS_VERSION = 2
+"""The same for floors: 2 learns from people without any question, too, as all other stages do."""
 SHARED = ("prepared", "base")
 """Stages that all lanes have in common."""
 
@@ -291,6 +293,7 @@ class StageList:
             "num_tokens_per_unit": config.fleet.num_tokens_per_unit,
         }
         before = ["population"] if level == "population" else ["population", f"group/{level}"]
+        before += ["tokens"] if self._kept.data_changed else []  # a fit that was begun on other data is of no use
         self._add(name, "prior", "fleet", settings, before, lane=lane)
 
     def _add_start(self, adapter_set: str, lane: str) -> None:
@@ -354,7 +357,7 @@ class StageList:
                 )
             elif method.kind == "floor":
                 own = {"split": evaluation.split, "train_split": config.data.train_split, "seed": config.seed}
-                own |= {"max_examples": evaluation.max_floor_examples}
+                own |= {"max_examples": evaluation.max_floor_examples, "version": FLOORS_VERSION}
                 self._add(f"predictions/{method.name}", "floors", "driver", own, method.stages)
             else:
                 self._add(f"predictions/{method.name}", "evaluate", "fleet", settings, method.stages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -248,20 +248,13 @@ class Steps:
             every, pending = every + units, pending + [unit for unit in units if not has_answers(folder, unit.name)]
         options = {"priors": {stage.name: by_stage[stage.name] for stage in stages}}
         self._fleet("proper_ds.evaluation.predict_job:PredictJob", options, "prior", every, pending)
-        for stage in stages:
-            for task, found in prior_fit.finish(self._context_of(stage), self._folder.stage(stage.name).path).items():
-                about = asdict(found) | {"labels": len(found.labels)}
-                self._metrics.log(stage.name, event="fitted", task=task, **{k: about[k] for k in _PRIOR_LOGGED})
-                get_logger().info(
-                    "%s: %s: a user's labels count %.2f times beside %.3g of everybody's; %.3f nats a"
-                    " question, %.3f before",
-                    stage.name,
-                    task,
-                    found.weight,
-                    found.prior_items,
-                    found.nll_after,
-                    found.nll_before,
-                )
+        folders = [self._folder.stage(stage.name).path for stage in stages]
+        made = prior_fit.finish(self._context.prepared, folders, self._config.data.train_split)
+        for stage, priors in zip(stages, made, strict=True):
+            for task, found in priors.items():
+                about = {name: getattr(found, name) for name in _PRIOR_LOGGED}
+                self._metrics.log(stage.name, event="fitted", task=task, **about)
+                get_logger().info("%s of %s: %s", stage.name, task, found)
 
     def _evaluate(self, stages: list[Stage]) -> None:
         lanes = {method.name: method.lane for method in methods_of(self._config)}

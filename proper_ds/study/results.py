@@ -168,13 +168,19 @@ def _ablations(
         before = _runs_of(runs, column, baseline)
         for variant in dict.fromkeys(run.variant for run in runs):
             own = _runs_of(runs, column, variant)
-            for method in list(own[0].report["methods"]) if own else []:
+            for method in _answering(own, column):
                 cells = {r.seed: r.report["methods"][method][column["inner"]][column["metric"]] for r in own}
                 cell = _cell(cells) | {"difference": None}
-                if variant != baseline and before and method in before[0].report["methods"]:
+                if variant != baseline and method in _answering(before, column):
                     cell["difference"] = paired_difference(before, own, column["inner"], method)
                 found.setdefault(method, {}).setdefault(name, {})[variant] = cell
     return {method: tasks for method, tasks in found.items() if any(len(cells) > 1 for cells in tasks.values())}
+
+
+def _answering(runs: Sequence[FinishedRun], column: dict[str, Any]) -> list[str]:
+    """The methods of some runs that answer the column's task: label priors leave others out."""
+    methods = runs[0].report["methods"] if runs else {}
+    return [method for method, tasks in methods.items() if column["inner"] in tasks]
 
 
 PROTOCOL = ("name", "split", "base", "base_parameters", "base_made_in_steps")

@@ -175,6 +175,9 @@ def score_of(report: dict[str, Any], objective: Objective) -> Score:
     tasks = report["tasks"]
     task, metric = choose_metric({name: list(about["metrics"]) for name, about in tasks.items()}, objective)
     is_higher_better = bool(tasks[task]["metrics"][metric])
+    silent = [method for method in objective.method if task not in report["methods"].get(method, {})]
+    if silent:
+        raise UserError(f"objective.method: {', '.join(silent)} does not answer {task}; name others, or another task")
     scores = [
         Score(method, task, metric, float(report["methods"][method][task][metric]["value"]), is_higher_better)
         for method in objective.method

@@ -123,13 +123,14 @@ def create_base(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     quiet_libraries(device.type == "cuda")
     texts = list(islice(texts_of(prepared, suffix, train_split, seed), MAX_TEXTS))
-    tokenizer = train_tokenizer(texts, settings)
-    ids = _packed_ids(texts, tokenizer, seed)
     width = min(128, settings.max_position_embeddings)
+    tokenizer = train_tokenizer(texts, settings)
+    ids = _packed_ids(texts, tokenizer, seed) if texts else np.zeros(0, dtype=np.int64)
     if len(ids) < 2 * width:
+        has = ", ".join(prepared.manifest.splits) or "none"
         raise DataError(
-            f"{prepared.folder}: {len(ids)} tokens in the histories of training users (data.train_split"
-            f" {train_split!r}) are too few to train a base; use base.model"
+            f"{prepared.folder}: {len(ids)} tokens in the histories of training users (split {train_split!r}; the data"
+            f" has {has}) are too few to train a base; name another training split, or use base.model"
         )
     torch.manual_seed(seed)
     lm = LlamaForCausalLM(llama_config(settings, len(tokenizer)))

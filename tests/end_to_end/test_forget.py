@@ -61,6 +61,10 @@ def gone(finished, tmp_path_factory) -> Gone:
     shutil.copytree(root / "run/prepared", old)
     shutil.copytree(root / "run/store/proper", root / "run/superseded/store-proper-20260101-000000-000000000")
     shutil.copytree(root / "run/tokens", root / "run/superseded/tokens-20260101-000000-000000000")
+    for place in ("run/prior/proper", "run/superseded/prior-proper-20260101-000000-000000000"):
+        (root / place / "units").mkdir(parents=True)
+        (root / place / "units/unit-1.parquet").write_bytes(b"answers of training users")
+        (root / place / "asked.npy").write_bytes(b"who they are")
     (root / "run/prepared/.staging.sqlite").write_text(user.key)
     with (root / "run/logs/user-actor-0.log").open("a") as log:
         log.write(f"WARNING user {user.key!r} of unit-1 has no adapter: no history\n")
@@ -103,6 +107,8 @@ def test_no_file_holds_anything_of_the_user(gone):
 def test_what_was_exported_and_left_lying_is_gone(gone):
     assert [*(gone.folder.parent / "exported").iterdir()] == []
     assert not list((gone.folder / "superseded").glob("tokens-*"))
+    assert not list((gone.folder / "superseded").glob("prior-*"))
+    assert not [*(gone.folder / "prior/proper").iterdir()], "of a prior that was never fitted"
     assert not (gone.folder / "prepared/.staging.sqlite").exists()
     for name in ("prepared-20260101-000000-000000000", "store-proper-20260101-000000-000000000"):
         assert (gone.folder / "superseded" / name).exists(), "what is known by key stays, without the user"

@@ -23,6 +23,7 @@ from proper_ds.distributed.ranks import Ranks
 from proper_ds.erasure.forget import forget
 from proper_ds.evaluation.answers import read_answers
 from proper_ds.evaluation.floors import predict_floors
+from proper_ds.evaluation.label_prior import load_priors
 from proper_ds.evaluation.methods import METHODS, needs_of
 from proper_ds.evaluation.predict_job import PredictJob
 from proper_ds.fleet.plan import Unit
@@ -142,6 +143,25 @@ def test_every_method_answers_every_question(case):
         assert all(row["method"] == name for row in rows)
         if method.user_lora or method.kind in ("PPlug", "PLoRA", "merged"):
             assert all(row["personal"] == (row["num_history"] > 0) for row in rows), name
+
+
+def test_label_priors_were_fitted_to_training_questions_and_weigh_answers(case):
+    context = RunContext(case.config, CPU)
+    train = sum(q.split == "train" for user in context.prepared.users() if user.history for q in user.queries)
+    for name in ("population", "group"):
+        stage = f"prior/{'proper' if name == 'group' else name}"
+        folder = context.folder.stage(stage).path
+        assert sorted(path.name for path in folder.iterdir()) == ["begun.json", "done.json", "prior.json"]
+        priors = load_priors(folder)
+        assert sum(prior.num_questions for prior in priors.values()) == train
+        plain, weighed = (
+            {(row["user"], row["task"], row["id"]): row for row in read_answers(path).to_pylist()}
+            for path in (context.folder.stage(f"predictions/{name}{end}").path for end in ("", "+prior"))
+        )
+        users = list(context.prepared.users())
+        for key, row in plain.items():
+            own = [item.answer for item in users[key[0]].history if item.task == key[1]]
+            assert weighed[key]["scores"] == pytest.approx(priors[key[1]].weighed(row["scores"], own), abs=1e-3)
 
 
 def test_no_answer_needs_another_evaluated_users_data(case, tmp_path):

@@ -115,44 +115,43 @@ def test_a_fit_counts_training_users_alone_and_keeps_nothing_of_one(tmp_path):
         row("group", place[user], 0, label, label, 3) | {"task": "LaMP_2N", "scores": [0.0] * len(labels)}
         for user, label in (("u", "sports"), ("v", "travel"))
     ]
-    folder = tmp_path / "prior"
-    folder.mkdir()
-    write_answers(folder, "unit", table(rows))
-    np.save(folder / prior_fit.ASKED, np.array([key != "w" for key in place]))
-    context = SimpleNamespace(prepared=prepared, config=RunConfig(output_dir="x"))
-    found = prior_fit.finish(context, folder)
-    assert [path.name for path in folder.iterdir()] == ["prior.json"]
-    assert load_priors(folder) == found
-    (about,) = found.values()
+    folders = [tmp_path / "prior", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+        write_answers(folder, "unit", table(rows))
+        np.save(folder / prior_fit.ASKED, np.array([key != "w" for key in place]))
+    made = prior_fit.finish(prepared, folders, "train")
+    assert [[path.name for path in folder.iterdir()] for folder in folders] == [["prior.json"]] * 2
+    assert [load_priors(folder) for folder in folders] == made
+    about = made[0]["LaMP_2N"]
     share = dict(zip(about.labels, np.asarray(about.share) * (6 + len(labels)), strict=True))
     assert share["sports"] == share["travel"] == pytest.approx(4), "three items each, and one more"
     assert share["women"] == pytest.approx(1), "a dev user's history is nobody's prior"
     assert about.num_questions == 2 and about.weight > 0 and about.nll_after < about.nll_before
 
 
-def context_of(users, max_users, labels=LABELS, lamp_id="LaMP_2"):
-    """Users as (number of items, splits of their questions)."""
-    rows = []
-    for user, (num_items, splits) in enumerate(users):
-        rows += [(user, HISTORY, -1, True)] * num_items
-        rows += [(user, QUERY, ["train", "dev"].index(split), True) for split in splits]
-    columns = dict(zip(("user", "kind", "split", "has_answer"), np.asarray(rows).T, strict=True))
-    columns["has_answer"] = columns["has_answer"].astype(bool)
+def context_of(users, max_users, tasks=None):
+    """Users as lists of (kind, split, task) of their examples, all questions answered."""
+    rows = [(n, *example) for n, own in enumerate(users) for example in own]
+    columns = dict(zip(("user", "kind", "split", "task"), np.asarray(rows).T, strict=True))
+    columns["has_answer"] = np.ones(len(rows), dtype=bool)
     tokens = SimpleNamespace(
         num_users=len(users),
         blocks=lambda: [(0, len(rows))],
         column=lambda name, start, stop: columns[name][start:stop],
         split_code=["train", "dev"].index,
     )
-    tasks = {"task": SimpleNamespace(labels=labels, lamp_id=lamp_id)}
+    tasks = tasks or {"task": SimpleNamespace(labels=LABELS, lamp_id="LaMP_2")}
     config = RunConfig(output_dir="x", prior={"max_users": max_users}, evaluation={"methods": ["group+prior"]})
-    return SimpleNamespace(
-        tokens=tokens, config=config, prepared=SimpleNamespace(manifest=SimpleNamespace(tasks=tasks))
-    )
+    prepared = SimpleNamespace(manifest=SimpleNamespace(tasks=tasks), users=lambda: [])
+    return SimpleNamespace(tokens=tokens, config=config, prepared=prepared)
+
+
+ITEM, ASKED_IN_TRAIN, ASKED_IN_DEV = (HISTORY, -1, 0), (QUERY, 0, 0), (QUERY, 1, 0)
 
 
 def test_asked_are_training_users_with_history(tmp_path):
-    users = [(1, ["train"]), (2, ["dev"]), (0, ["train"]), (3, []), *[(1, ["train"])] * 20]
+    users = [[ITEM, ASKED_IN_TRAIN], [ITEM, ASKED_IN_DEV], [ASKED_IN_TRAIN], [ITEM], *[[ITEM, ASKED_IN_TRAIN]] * 20]
     mask = prior_fit.choose_asked(context_of(users, None), tmp_path)
     assert np.flatnonzero(mask).tolist() == [0, *range(4, 24)]
     sample = prior_fit.choose_asked(context_of(users, 5), tmp_path)
@@ -160,18 +159,32 @@ def test_asked_are_training_users_with_history(tmp_path):
     assert np.array_equal(np.load(tmp_path / prior_fit.ASKED), sample)
 
 
-@pytest.mark.parametrize("about", [{"labels": None}, {"lamp_id": "LaMP_1"}])
-def test_without_labels_in_histories_nobody_is_asked_and_nothing_answered(tmp_path, caplog, about):
-    context = context_of([(1, ["train"])], None, **about)
+def test_each_task_with_labels_has_a_sample_of_its_own(tmp_path):
+    """Many users of a task with open answers, and some who only have items of it, leave the others' places alone."""
+    tasks = {
+        "open": SimpleNamespace(labels=None, lamp_id="LaMP_5"),
+        "labelled": SimpleNamespace(labels=LABELS, lamp_id="LaMP_2"),
+    }
+    users = [[ITEM, ASKED_IN_TRAIN]] * 300 + [[ITEM, (QUERY, 0, 1)]] * 5 + [[(HISTORY, -1, 1), (QUERY, 0, 1)]] * 8
+    mask = prior_fit.choose_asked(context_of(users, 6, tasks), tmp_path)
+    assert mask.sum() == 6 and not mask[:305].any()
+    with pytest.raises(DataError, match="of task labelled"):
+        prior_fit.choose_asked(context_of(users[:305], 6, tasks), tmp_path)
+
+
+@pytest.mark.parametrize(("labels", "lamp_id"), [(None, "LaMP_5"), (LABELS, "LaMP_1")])
+def test_without_labels_in_histories_nobody_is_asked_and_nothing_answered(tmp_path, caplog, labels, lamp_id):
+    context = context_of([[ITEM, ASKED_IN_TRAIN]], None, {"t": SimpleNamespace(labels=labels, lamp_id=lamp_id)})
     with caplog.at_level("WARNING", logger="proper_ds"):
         assert not prior_fit.choose_asked(context, tmp_path).any()
     assert "methods with a label prior (group+prior) answer nothing" in caplog.text
-    assert prior_fit.finish(context, tmp_path) == load_priors(tmp_path) == {}
+    assert prior_fit.finish(context.prepared, [tmp_path], "train") == [{}]
+    assert load_priors(tmp_path) == {}
 
 
 def test_nobody_to_learn_from_is_refused(tmp_path):
     with pytest.raises(DataError, match="nothing to learn from"):
-        prior_fit.choose_asked(context_of([(1, ["dev"]), (0, ["train"])], None), tmp_path)
+        prior_fit.choose_asked(context_of([[ITEM, ASKED_IN_DEV], [ASKED_IN_TRAIN]], None), tmp_path)
 
 
 def test_a_prior_needs_the_level_that_it_weighs():

@@ -70,7 +70,7 @@ def job(tmp_path, monkeypatch):
     made._model = made._addition = None
     made._lanes = SimpleNamespace(context=lambda lane: context, wear=lambda lane: spend(100))
     asked = [SimpleNamespace(example=SimpleNamespace(task=0), prompt=[1, 2])]
-    made._questions_of = lambda context, unit: spend(100, asked)
+    made._questions_of = lambda context, unit, with_own: spend(100, asked)
     made._answer = lambda context, addition, task, prior, questions: spend(4, [{"task": "t"} for _ in questions])
     return made
 

@@ -128,6 +128,38 @@ def test_what_was_never_finished_is_made_from_tonights_data(night):
     assert {"group/proper", "store/OPPU", "router/proper"} <= set(pending)
 
 
+def test_a_finished_prior_is_kept_and_one_that_was_begun_starts_over_on_other_data(night):
+    methods = f"evaluation.methods={[*DEFAULT_METHODS, 'group+prior']}"
+    others = [name for name in night.stages(methods) if not name.startswith(("prior", "predictions"))]
+    night.finish(methods, names=others)
+    begun = night.stages(methods)["prior/proper"]
+    night.begin(begun)
+    night.bring("old news", "new news")
+    fresh = night.stages(UPDATE, methods)["prior/proper"]
+    assert fresh.fingerprint != begun.fingerprint, "its answers were of other questions"
+    night.finish(UPDATE, methods)
+    night.bring("old news", "new news", "newest news")
+    assert night.stages(UPDATE, methods)["prior/proper"].kept_since
+
+
+def test_a_base_that_an_earlier_version_made_of_everybodys_texts_is_kept(night):
+    night.finish()
+    marker = night.folder.stage("base").path / "done.json"
+    found = json.loads(marker.read_text())
+    del found["settings"]["train_split"]
+    marker.write_text(json.dumps(found))
+    night.bring("old news", "new news")
+    assert night.stages(UPDATE)["base"].kept_since
+
+
+def test_who_was_only_merged_from_may_be_asked_later(night):
+    needed = ("user.users=needed", "router.max_users=2")
+    night.finish(*needed, "evaluation.methods=[merged,proper]")
+    assert night.stages(*needed, "evaluation.methods=[merged,proper]")["store/OPPU"].settings["asked"] is False
+    night.bring("old news", "new news")
+    assert night.stages(UPDATE, *needed, "evaluation.methods=[OPPU,proper]")["store/OPPU"].is_update
+
+
 def test_results_of_another_population_are_not_kept(night):
     night.finish()
     night.bring("old news", "new news")

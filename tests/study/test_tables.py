@@ -312,3 +312,14 @@ def test_notes_say_of_which_tasks_they_are():
     assert "Not comparable: few people" in notes
     assert "Not comparable: films: short prompts" in notes
     assert "Not comparable: books: not LaMP's" in notes
+
+
+def test_a_method_that_leaves_a_task_out_has_no_cells_there(finish, tmp_path):
+    """As label priors do on tasks with open answers."""
+    runs = []
+    for variant, chance in (("main", 0.5), ("wide", 0.8)):
+        run = finish("films", variant, ratings({"population": 0.3, "OPPU": chance}, 20))
+        run.report["methods"]["group+prior"] = {}
+        runs.append(run)
+    write_results(runs, tmp_path, COMMAND)
+    assert set(read(tmp_path)["ablations"]) == {"population", "OPPU"}

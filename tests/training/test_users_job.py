@@ -44,7 +44,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(unit_jobs, "num_history", lambda tokens: np.ones(4, dtype=int))
 
     def build(version):
-        place.begin(f"night {version}", {"version": version}, update=True)
+        place.begin(f"night {version}", {"version": version, "settings": build.settings_of_set}, update=True)
         point_to(place.path, None)
         np.save(place.path / _file(version), np.ones(4, dtype=bool))
         made = unit_jobs.UsersJob.__new__(unit_jobs.UsersJob)
@@ -53,12 +53,15 @@ def job(tmp_path, monkeypatch):
         made._config, context = config, SimpleNamespace(config=config, keys=KEYS, tokens=tokens)
         made._lanes = SimpleNamespace(folder=folder, enter=lambda stage: context)
         made._model = SimpleNamespace(attach_groups=lambda by_module, dropout: None)
-        made._layout, made._levels, made._features, made._sets = LAYOUT, {}, {}, {}
+        made._layout, made._levels, made._features, made._sets, made._by_role = LAYOUT, {}, {}, {}, {}
         made._locations = {"store/OPPU": str(open_store(place.path).location)}
-        made._task = lambda context, user, level, start_P: SimpleNamespace(key=KEYS[user], start_P=start_P)
+        made._task = lambda context, user, level, start_P: SimpleNamespace(
+            key=KEYS[user], start_P=start_P, examples=[SimpleNamespace(ids=[0] * 10)] * (user + 1)
+        )
         return made
 
     build.folder, build.root, build.during = place.path, tmp_path, lambda: None
+    build.settings_of_set = {}
     return build
 
 
@@ -75,6 +78,15 @@ def test_who_was_forgotten_during_training_is_not_stored(job):
 def test_a_set_is_trained_with_its_own_settings(job):
     job(1).run(UNIT)
     assert job.settings == RunConfig(output_dir="x", user={"min_steps": 7}).user
+
+
+def test_a_unit_says_how_much_of_it_was_for_whom(job, monkeypatch):
+    """Two steps each; a user's items of one batch make an epoch, so users took 20, 40, 60 and 80 tokens."""
+    masks = {"asked": [1, 0, 0, 1], "merged": [0, 1, 0, 0]}
+    monkeypatch.setattr(unit_jobs, "users_of_role", lambda context, role: np.asarray(masks[role], dtype=bool))
+    assert job(1).run(UNIT)["shares"] == {}, "everybody is trained"
+    job.settings_of_set = {"splits": ["train", "dev"], "num_anchors": 1}
+    assert job(2).run(UNIT)["shares"] == {"asked": pytest.approx(0.5), "merged": pytest.approx(0.2)}
 
 
 def test_one_damaged_adapter_fails_its_user_alone_and_for_this_night_only(job):

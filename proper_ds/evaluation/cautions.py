@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -85,8 +85,21 @@ def answer_cautions(answers: pa.Table, methods: Sequence[str]) -> list[str]:
             found.append(f"{task}: {', '.join(names)}: one answer, {answer!r}, to all {num_asked} questions.")
         for names in alike.values():
             if len(names) > 1:
-                found.append(f"{task}: {', '.join(names)}: the same answer to each of {num_asked} questions.")
+                found.append(f"{task}: {', '.join(names)} gave identical answers to all {num_asked} questions.")
     return found
+
+
+def prior_cautions(config: RunConfig, tasks: Collection[str], with_prior: Collection[str]) -> list[str]:
+    """Which tasks methods with a label prior leave out.
+
+    Args:
+        tasks, with_prior: names of the data's tasks, and of those that have a prior.
+    """
+    methods = [method.name for method in methods_of(config) if method.prior]
+    left_out = [task for task in tasks if task not in with_prior]
+    if not methods or not left_out:
+        return []
+    return [f"{', '.join(methods)}: not run on {', '.join(left_out)}, whose histories hold no labels of a closed set."]
 
 
 def taught_by_asked(config: RunConfig, share_in_training: float) -> list[str]:

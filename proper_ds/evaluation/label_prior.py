@@ -36,6 +36,7 @@ class LabelPrior:
         weight: exponent of what the user's own shares say beyond everybody's.
         num_questions: it was learned from.
         nll_before, nll_after: mean negative log-likelihood of those questions' golds in nats, without it and with it.
+        nll_shares: the same of everybody's shares alone, which know no question.
     """
 
     labels: tuple[str, ...]
@@ -45,13 +46,20 @@ class LabelPrior:
     num_questions: int
     nll_before: float
     nll_after: float
+    nll_shares: float
 
     def __str__(self) -> str:
         """One line for people."""
         return (
-            f"a user's labels weigh {self.weight:.2f}, everybody's as {self.prior_items:.3g} items;"
-            f" {self.nll_after:.3f} nats a question, {self.nll_before:.3f} without"
+            f"prior_items {self.prior_items:.3g}, weight {self.weight:.2f} from {self.num_questions} questions:"
+            f" {self.nll_before:.3f} nats a question without, {self.nll_after:.3f} with it, {self.nll_shares:.3f} by"
+            " everybody's shares alone"
         )
+
+    @property
+    def is_level_worse(self) -> bool:
+        """Whether the level that is weighed is farther from the golds than shares that know no question."""
+        return self.nll_before > self.nll_shares
 
     def weighed(self, scores_L: Sequence[float], own: Sequence[str]) -> list[float]:
         """The log-likelihood of each label [L], up to a number, for a user with these labels; unchanged without any."""
@@ -100,8 +108,9 @@ def fit_prior(
             found = nll(ratio_QL, float(weight))
             if found < best[0] - 1e-9:
                 best = (found, float(prior_items), float(weight))
-    after, prior_items, weight = best
-    return LabelPrior(tuple(labels), tuple(share_L.tolist()), float(prior_items), weight, len(gold_Q), before, after)
+    after, items, weight = best
+    shares = float(-np.log(share_L[gold_Q]).mean())
+    return LabelPrior(tuple(labels), tuple(share_L.tolist()), items, weight, len(gold_Q), before, after, shares)
 
 
 def save_priors(folder: Path, priors: Mapping[str, LabelPrior]) -> None:

@@ -140,7 +140,7 @@ METHODS = {
     for method in (
         Method("own-habit", "the user's own most frequent label, median score or usual length; no model", "floor"),
         Method("words", "a linear bag of words that ignores the user; no language model", "floor"),
-        Method("words+own", "the same with the user's own prior or offset; no language model", "floor"),
+        Method("words+own", "words with the user's own label counts, or mean offset; no language model", "floor"),
         Method("base", "the frozen base, no adapter"),
         Method("base+RAG", "the frozen base, the user's own items that resemble the question before it", recipe=RAG),
         Method("population", "one LoRA over everybody's data (stage 1)", population=True),

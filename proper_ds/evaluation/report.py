@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from proper_ds.evaluation.answers import read_answers
-from proper_ds.evaluation.cautions import answer_cautions, run_cautions, taught_by_asked
+from proper_ds.evaluation.cautions import answer_cautions, prior_cautions, run_cautions, taught_by_asked
 from proper_ds.evaluation.configuration import configuration_digest
 from proper_ds.evaluation.costs import Work, costs_of, work_of
 from proper_ds.evaluation.gates import gate_history
 from proper_ds.evaluation.grouping import grouping_of, read_truth
+from proper_ds.evaluation.label_prior import load_priors
 from proper_ds.evaluation.methods import Method, methods_of, needs_of, needs_of_methods, stages_of
+from proper_ds.evaluation.prior_fit import tasks_with_prior
 from proper_ds.evaluation.protocol import protocol_of
 from proper_ds.evaluation.published import published_for
 from proper_ds.evaluation.questions import PREDICTIONS, read_predictions
@@ -65,7 +67,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
     Every score is computed from the files that `predictions` names, under the configuration of `config_digest`;
     `verify.py` does it again. `methods` holds scores [method][task][metric]; `costs` what each method cost; `tasks`
     the rest that is known of each task (see `evaluate_task`), with figures that others published for it; `prompts` what
-    was cut from prompts or found no room in them, by lane.
+    was cut from prompts or found no room in them, by lane; `priors` the label priors [method][task].
     """
     config, manifest = context.config, context.prepared.manifest
     names = list(config.evaluation.methods)
@@ -73,6 +75,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
     protocol, prompts = protocol_of(context), _prompts(context)
     taught = taught_by_asked(config, protocol["share_of_users_also_in_training"])
     protocol["cautions"] += run_cautions(config, prompts, taught) + answer_cautions(table, names)
+    protocol["cautions"] += prior_cautions(config, manifest.tasks, tasks_with_prior(context.prepared))
     for name, about in scored["tasks"].items():
         about["protocol"] = protocol["name"]
         about["published"] = published_for(name, manifest, protocol["name"], protocol["base"])
@@ -92,6 +95,7 @@ def build_report(context: RunContext, table: pa.Table) -> dict[str, Any]:
         "users": _users(context, config),
         "experts": expert_use(table, names),
         "grouping": _grouping(context, table, names),
+        "priors": _priors(context),
         "gates": gate_history(_events(context, stages)),
         "router_jumps": _router_jumps(context, stages),
         "stages": _seconds(context, stages),
@@ -106,6 +110,15 @@ def _prompts(context: RunContext) -> dict[str, dict[str, dict[str, int]]]:
     lanes = [lane.recipe.lane for lane in needs_of(context.config).lanes]
     markers = {lane: replace(context, lane=lane).tokens.marker for lane in lanes}
     return {lane: marker.get("prompts", {}) for lane, marker in markers.items()}  # tokens of earlier versions: unknown
+
+
+def _priors(context: RunContext) -> dict[str, dict[str, Any]]:
+    found = {}
+    for method in methods_of(context.config):
+        if method.prior_stage is not None:
+            priors = load_priors(replace(context, lane=method.lane).stage(method.prior_stage).path)
+            found[method.name] = {task: asdict(prior) for task, prior in priors.items()}
+    return found
 
 
 def _grouping(context: RunContext, table: pa.Table, methods: list[str]) -> dict[str, Any]:

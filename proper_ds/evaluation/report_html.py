@@ -122,6 +122,7 @@ def html_of(report: dict[str, Any], events: list[dict[str, Any]]) -> str:
     parts.append("<h2>Experts</h2>" if report["experts"] or report["gates"] else "")
     caption = "How users spread over experts: for each adapted module, the share of users whose strongest expert it is."
     parts.append(_figure(expert_spread(report["experts"]), caption))
+    parts.append(_titled("Label priors", rows_of.prior_table(report)))
     parts.append(_titled("Against the true groups", rows_of.grouping_table(report)))
     parts += _gates(report)
     parts.append("<h2>Learning curves</h2>")

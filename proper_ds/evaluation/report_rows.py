@@ -197,6 +197,18 @@ COST_LINE = (
 )
 
 
+def prior_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): what label priors are, and the nats a training question that they were learned by."""
+    header = ["method", "task", "prior items", "weight", "questions", "nats without", "nats with", "shares alone"]
+    names = ("prior_items", "weight", "nll_before", "nll_after", "nll_shares")
+    rows = []
+    for method, priors in report.get("priors", {}).items():
+        for task, about in priors.items():
+            items, weight, *nats = (f"{about[name]:.3g}" for name in names)
+            rows.append([method, task, items, weight, str(about["num_questions"]), *nats])
+    return header, rows
+
+
 def grouping_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): how well the experts found the true groups, where the data knows them."""
     header = ["method", "users", "true groups", "experts", "ARI, strongest expert", "ARI, clusters of gates", "NMI"]

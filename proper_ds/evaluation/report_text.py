@@ -65,6 +65,7 @@ def users_line(report: dict[str, Any]) -> str:
 def _costs(report: dict[str, Any]) -> list[str]:
     parts = _titled("## What each method cost", rows_of.cost_table(report))
     parts += [rows_of.COST_LINE, "", users_line(report), ""]
+    parts += _titled("Label priors:", rows_of.prior_table(report))
     parts += _titled("Adapters:", set_table(report))
     parts += [line for text in update_lines(report) for line in (text, "")]
     seconds = [[name, f"{seconds:.1f}"] for name, seconds in report["stages"].items()]

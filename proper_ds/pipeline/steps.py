@@ -44,7 +44,7 @@ from proper_ds.training.set_plan import ensure_plan, roles_in, users_to_train
 TOKENS_PER_PROFILE = 2_000
 """What a user counts for in units whose users' profiles a model writes."""
 _COUNTED = ("num_examples", "num_tokens")
-_PRIOR_LOGGED = ("prior_items", "weight", "num_questions", "nll_before", "nll_after")
+_PRIOR_LOGGED = ("prior_items", "weight", "num_questions", "nll_before", "nll_after", "nll_shares")
 _SHORT_OF_ROOM = {
     "num_cut": "were cut to",
     "num_bare": "show nothing of what their recipe puts there, for want of room in",
@@ -255,6 +255,11 @@ class Steps:
                 about = {name: getattr(found, name) for name in _PRIOR_LOGGED}
                 self._metrics.log(stage.name, event="fitted", task=task, **about)
                 get_logger().info("%s of %s: %s", stage.name, task, found)
+                if found.is_level_worse:
+                    warning = (
+                        "%s of %s: the level is farther from the golds than everybody's shares are; train it longer"
+                    )
+                    get_logger().warning(warning, stage.name, task)
 
     def _evaluate(self, stages: list[Stage]) -> None:
         lanes = {method.name: method.lane for method in methods_of(self._config)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proper_ds.config import RunConfig
-from proper_ds.evaluation.cautions import answer_cautions, run_cautions, taught_by_asked
+from proper_ds.evaluation.cautions import answer_cautions, prior_cautions, run_cautions, taught_by_asked
 from proper_ds.evaluation.methods import METHODS, all_methods
 from proper_ds.evaluation.report_html import html_of
 from proper_ds.evaluation.report_text import markdown_of
@@ -29,7 +29,7 @@ def test_one_answer_to_everything_and_equal_answers_are_told():
     methods = ["words", "population", "OPPU", "group", "proper", "not run"]
     assert answer_cautions(table(rows), methods) == [
         "LaMP_3: population, OPPU: one answer, '5', to all 4 questions.",
-        "LaMP_3: group, proper: the same answer to each of 4 questions.",
+        "LaMP_3: group, proper gave identical answers to all 4 questions.",
     ]
 
 
@@ -51,6 +51,14 @@ def test_methods_that_learned_from_evaluated_users_are_named(methods, sections, 
     assert taught_by_asked(config, 1.0) == [], "all that are asked are training users, from whom everything learns"
     lines = [line for line in run_cautions(config, {}, wanted) if "users who are asked" in line]
     assert [line.split(":")[0] for line in lines] == ([", ".join(wanted)] if wanted else [])
+
+
+def test_tasks_that_label_priors_leave_out_are_told():
+    config = config_of(["group", "group+prior", "population+prior"])
+    assert prior_cautions(config, ["films"], ["films"]) == []
+    (line,) = prior_cautions(config, ["films", "titles"], ["films"])
+    assert line.startswith("group+prior, population+prior: not run on titles")
+    assert prior_cautions(config_of(["group"]), ["titles"], []) == []
 
 
 def test_choices_on_the_users_that_are_scored_are_told():

@@ -27,7 +27,7 @@ SHARE = np.array([0.5, 0.3, 0.2])
 
 
 def prior(weight=1.0, prior_items=2.0):
-    return LabelPrior(LABELS, tuple(SHARE), prior_items, weight, 1, 1.0, 1.0)
+    return LabelPrior(LABELS, tuple(SHARE), prior_items, weight, 1, 1.0, 1.0, 1.0)
 
 
 def test_it_is_bayes_rule_with_the_mean_of_the_dirichlet_posterior():
@@ -83,6 +83,13 @@ def test_it_never_fits_worse_than_without(seed):
     logits = scores + found.weight * log_ratio(counts, share, found.prior_items)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert -logp[np.arange(20), gold].mean() == pytest.approx(found.nll_after)
+
+
+def test_a_level_that_has_not_learned_the_labels_is_told():
+    scores, counts, gold = answered(200, concentration=3.0)
+    assert not fit_prior(LABELS, SHARE, scores - 1e-9, counts, gold).is_level_worse
+    wrong = fit_prior(LABELS, SHARE, np.tile(np.log([0.05, 0.05, 0.9]), (200, 1)), counts, gold)
+    assert wrong.is_level_worse and "by everybody's shares alone" in str(wrong)
 
 
 def test_labels_that_say_nothing_get_no_weight():

@@ -20,6 +20,7 @@ def run(standalone_mode):
     time.sleep(20)
     sys.exit("the interrupt was lost")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 cli.app = run
 cli.main()
 """

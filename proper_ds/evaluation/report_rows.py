@@ -19,15 +19,20 @@ Pair = dict[str, Any]
 
 
 def number(value: float) -> str:
-    """A score as it is printed everywhere."""
-    return f"{value:.3f}"
+    """A score as it is printed everywhere; nothing is -0.000."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
+def signed(gain: float) -> str:
+    """A difference of scores with its sign."""
+    return f"{round(gain, 3) + 0.0:+.3f}"
 
 
 def span(interval: list[float] | None) -> str:
     """An interval as it is printed everywhere; of too few users there is none."""
     if interval is None:
         return f"({TOO_FEW})"
-    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+    return f"[{number(interval[0])}, {number(interval[1])}]"
 
 
 def base_text(about: dict[str, Any]) -> str:
@@ -39,7 +44,7 @@ def base_text(about: dict[str, Any]) -> str:
 def gain_text(pair: Pair) -> str:
     """A difference as it is printed everywhere; it says so where it is beyond the interval."""
     beyond = f" {pair['verdict']}" if pair["verdict"] in ("better", "worse") else ""
-    return f"{pair['gain']:+.3f} {span(pair['interval'])}{beyond}"
+    return f"{signed(pair['gain'])} {span(pair['interval'])}{beyond}"
 
 
 def main_metric(report: dict[str, Any], task: str) -> str:
@@ -123,7 +128,7 @@ def difference_table(report: dict[str, Any], task: str) -> tuple[list[str], list
         cells = [gain_text(pair) if pair else "" for pair in pairs]
         if floor:
             stands = floor["methods"].get(method)
-            cells.append(f"{stands['gain']:+.3f} {span(stands['interval'])}" if stands else "")
+            cells.append(f"{signed(stands['gain'])} {span(stands['interval'])}" if stands else "")
         rows.append([method, *cells])
     return header, rows if len(header) > 1 else []
 
@@ -136,7 +141,7 @@ def user_mean_table(report: dict[str, Any], task: str) -> tuple[list[str], list[
     for method in ranking(report, task):
         entry = report["methods"][method][task][metric]
         pairs = [pair_of(about["comparisons"][metric], method, than) for than in references]
-        gains = [f"{p['user_mean_gain']:+.3f} {span(p['user_mean_interval'])}" if p else "" for p in pairs]
+        gains = [f"{signed(p['user_mean_gain'])} {span(p['user_mean_interval'])}" if p else "" for p in pairs]
         rows.append([method, f"{number(entry['user_mean'])} {span(entry['user_mean_interval'])}", *gains])
     return ["method", f"{metric}, mean over users", *(f"over {name}" for name in references)], rows
 

@@ -95,9 +95,20 @@ def plan_runs(study: StudyConfig, source: str) -> list[PlannedRun]:
     if problems:
         raise ConfigError(source, problems)
     _check_inputs(planned, source, set(study.generate))
-    if idle := _same_variants(planned):
+    if idle := _unread_root(study, planned) + _same_variants(planned):
         raise ConfigError(source, idle)
     return planned
+
+
+def _unread_root(study: StudyConfig, planned: Sequence[PlannedRun]) -> list[Problem]:
+    """A `data_root` that no run reads."""
+    if study.data_root is None:
+        return []
+    root = Path(absolute(study.data_root))
+    if any(str(root / run.task) in (run.config.data.path or []) for run in planned):
+        return []
+    wrong = f"{study.data_root}: no task reads it, each has data of its own or generates them"
+    return [Problem("data_root", wrong, "Leave it out, or remove data.path, data.prepared or generate of a task.")]
 
 
 def _same_variants(planned: Sequence[PlannedRun]) -> list[Problem]:

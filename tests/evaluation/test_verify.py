@@ -171,3 +171,9 @@ def test_published_figures_are_shown_for_lamps_own_data_only():
     assert published_for("LaMP_3", manifest(replace(lamps, generated=True)), OPPU_100, "x") == []
     assert published_for("LaMP_3", manifest(replace(lamps, labels=("1", "2"))), OPPU_100, "x") == []
     assert published_for("LaMP_3", manifest(from_rows=["LaMP_3"]), OPPU_100, "x") == []
+
+
+def test_nothing_is_printed_as_minus_zero():
+    pair = {"gain": -1e-9, "interval": [-0.0004, 0.0], "verdict": "no difference beyond the interval"}
+    assert report_rows.gain_text(pair) == "+0.000 [0.000, 0.000]"
+    assert report_rows.number(-0.0006) == "-0.001"

@@ -173,10 +173,20 @@ def test_a_runs_file_is_found_beside_the_study(tmp_path):
 
 
 def test_generated_data_needs_no_folder(tmp_path):
-    runs = planned(write_study(tmp_path, tasks={"made": None}, generate={"made": {"num_users": 20, "num_groups": 2}}))
+    study = write_study(
+        tmp_path, data_root=None, tasks={"made": None}, generate={"made": {"num_users": 20, "num_groups": 2}}
+    )
+    runs = planned(study)
     assert runs[0].config.data.path == [
         str(tmp_path / "study/data/made" / name) for name in ("generated_tags", "generated_ratings")
     ]
+
+
+def test_a_data_root_that_no_task_reads_is_refused(tmp_path):
+    generate = {"made": {"num_users": 20, "num_groups": 2}}
+    with pytest.raises(ConfigError, match=r"data_root: .*data: no task reads it, each has data of its own or gener"):
+        planned(write_study(tmp_path, tasks={"made": None}, generate=generate))
+    assert len(planned(write_study(tmp_path, tasks={"made": None, "films": None}, generate=generate))) == 2
 
 
 def test_a_task_takes_what_a_sweep_chose_unless_a_variant_says_otherwise(tmp_path):

@@ -1,4 +1,4 @@
-# make quickstart   installs into .venv, then generates a population and runs all stages on it (2 cores, 5 minutes)
+# make quickstart   installs into .venv, then generates a population and runs all stages on it (2 cores, 4 to 8 minutes)
 # make test         installs into .venv, then lint, types and tests
 # make test-hosts   hosts out of network namespaces: killed, cut off, ranks and drivers killed (root, 10 minutes)
 
